@@ -1,0 +1,6 @@
+"""The pure core of Quick-Tune on Kubernetes: no network, no cluster, no clock, no global randomness.
+
+Nothing is re-exported here: importing one light module must never pull in torch.
+"""
+
+__version__ = "0.1.0"
