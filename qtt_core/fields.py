@@ -6,6 +6,7 @@ default, notes the fault, and `raise_faults` reports them together.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -216,10 +217,12 @@ class Fields:
 
     def refuse_unknown(self) -> None:
         """Note a fault for every key that nobody has read."""
+        known = ", ".join(sorted(self._known))
         for key in self._values:
             if key not in self._known:
-                known = ", ".join(sorted(self._known))
-                self.fault(str(key), self._values[key], f"unknown field; known here: {known}")
+                close = difflib.get_close_matches(str(key), sorted(self._known), n=1)
+                meant = f"did you mean {close[0]}? " if close else ""
+                self.fault(str(key), self._values[key], f"unknown field; {meant}known here: {known}")
 
     def _present(self, name: str) -> bool:
         self._known.add(name)
