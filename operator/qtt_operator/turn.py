@@ -8,28 +8,13 @@ It imports neither kopf, kubernetes nor redis.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from typing import Protocol
 
 from qtt_core.jobs import JobDocument
 from qtt_core.ledger.events import Cancel, Done, Event, Fail, Open, Retry
+from qtt_core.ledger.reply import Reply as Reply  # re-exported
 from qtt_core.planner import Observed
 from qtt_core.steps import BudgetView, Config, OptimizerEvent, OptimizerSetup, Proposal, Recommendation
-
-
-class Reply(StrEnum):
-    """What a ledger script answered (30-kubernetes 3.2)."""
-
-    OK = "OK"
-    DUP = "DUP"
-    STALE = "STALE"
-    CLOSED = "CLOSED"
-    CONFLICT = "CONFLICT"
-    DONE = "DONE"
-    BUSY = "BUSY"
-    GAP = "GAP"
-    UNKNOWN = "UNKNOWN"
-    OLDATTEMPT = "OLDATTEMPT"
 
 
 class Ledger(Protocol):

@@ -9,17 +9,46 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
 from qtt_core.errors import LedgerError, NewerSchemaError
-from qtt_core.steps import canonical_json
+from qtt_core.steps import State, canonical_json, step_key
 
 SCHEMA = 1
 """Version of the stream; recorded in every `run` event, refused when newer."""
 
 PREPARE, WEIGHTS = "prepare", "weights"
 """Names of the pseudo-configurations (a third family is `eval-<digest>`)."""
+
+EVALUATION_PREFIX = "eval-"
+EVALUATION = "evaluation"
+"""`what` of the note that ends an evaluation."""
+
+
+def is_pseudo(c: str) -> bool:
+    """Whether `c` names work that is no configuration: `prepare`, `weights`, `eval-<digest>`."""
+    return not c.isdecimal()
+
+
+def is_evaluation(c: str) -> bool:
+    """Whether `c` is an evaluation; these may be opened on a closed run."""
+    return c.startswith(EVALUATION_PREFIX)
+
+
+def is_charged(c: str) -> bool:
+    """Whether device time of `c` counts against the budget: configurations and `prepare` do."""
+    return not is_pseudo(c) or c == PREPARE
+
+
+def done_key(c: str, to: int) -> str:
+    """The deduplication key of a step: `c12-f3`, `prepare-f1`."""
+    return step_key(c if is_pseudo(c) else int(c), to)
+
+
+def step_targets(frm: int, to: int, step: int) -> tuple[int, ...]:
+    """Absolute target epochs of the ⌈(to − from)/Δ⌉ steps of a job; the last one may be shorter."""
+    return (*range(frm + step, to, step), to)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +130,10 @@ class Open(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done(Event):
-    """A step ended with a result. `epochs`: (absolute epoch, score in [0, 1], seconds)."""
+    """A step ended with a result. `epochs`: (absolute epoch, score in [0, 1], seconds).
+
+    `to` is the open decision's, also when a diverged step stopped before it.
+    """
 
     kind: ClassVar[str] = "done"
     c: str
@@ -119,6 +151,21 @@ class Done(Event):
     ck: str = ""
     bytes: int = 0
     msg: str = ""
+
+    @property
+    def last_epoch(self) -> int | None:
+        """The newest epoch with a score; None when the first one failed."""
+        return self.epochs[-1][0] if self.epochs else None
+
+    def steps(self, frm: int, step: int) -> int:
+        """Steps of Δ = `step` epochs this result consumed, from the decision's `frm`.
+
+        A diverged one consumed every step up to and with the failed epoch, at least one.
+        """
+        last = self.to
+        if self.state == State.DIVERGED:
+            last = min(self.to, max(frm, self.last_epoch or 0) + 1)
+        return len(step_targets(frm, last, step))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,12 +219,19 @@ class Cancel(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Note(Event):
-    """Something that is no step: a budget edit, an annotation token, an evaluation."""
+    """Something that is no step: a budget edit, an annotation token, an evaluation.
+
+    `what` = "evaluation" ends attempt `a` of the pseudo-configuration `c` (`eval-<digest>`); its
+    result is JSON in `new`. Other notes leave `c` empty.
+    """
 
     kind: ClassVar[str] = "note"
     what: str
     old: str = ""
     new: str = ""
+    c: str = ""
+    to: int = 1
+    a: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,11 +263,15 @@ _JSON_TYPES = ("Mapping", "tuple")
 
 
 def to_fields(event: Event) -> dict[str, str]:
-    """Flat strings for the store; defaults of optional fields are left out, the id is the store's."""
+    """Flat strings for the store; the id is the store's.
+
+    Values equal to their default are left out: a default is part of the schema and never changes.
+    The schema number itself is always written.
+    """
     wire = {"k": event.kind}
     for spec in fields(event):
         value = getattr(event, spec.name)
-        if spec.name == "id":
+        if spec.name == "id" or (_is_default(spec, value) and spec.name != "schema"):
             continue
         name = _WIRE.get(spec.name, spec.name)
         kind = str(spec.type)
@@ -222,7 +280,7 @@ def to_fields(event: Event) -> dict[str, str]:
         elif kind == "bool":
             wire[name] = "1" if value else "0"
         else:
-            wire[name] = repr(value) if kind == "float" else str(value)
+            wire[name] = repr(float(value)) if kind == "float" else str(value)
     return wire
 
 
@@ -247,6 +305,12 @@ def from_fields(stream_id: str, wire: Mapping[str, str]) -> Event:
     if isinstance(event, Run) and event.schema > SCHEMA:
         raise NewerSchemaError(f"ledger schema {event.schema} is newer than {SCHEMA}; upgrade")
     return event
+
+
+def _is_default(spec: Field[Any], value: object) -> bool:
+    if spec.default_factory is not MISSING:
+        return bool(value == spec.default_factory())
+    return spec.default is not MISSING and bool(value == spec.default)
 
 
 def _read(kind: str, text: str) -> object:
