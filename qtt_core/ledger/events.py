@@ -1,8 +1,9 @@
 """What the ledger records: one frozen type per event, and their flat wire form.
 
-A run is an append-only stream (30-kubernetes 3.2). On the wire an event is a flat mapping of strings
-with its kind under `k`; its identity and time are the stream id (`<milliseconds>-<sequence>`), which
-the store assigns. This module parses and writes; it never talks to a store.
+A run is an append-only stream (30-kubernetes 3.2). On the wire an event is a flat mapping of
+strings with its kind under `k`; its identity and time are the stream id
+(`<milliseconds>-<sequence>`), which the store assigns. This module parses and writes; it never
+talks to a store.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def done_key(c: str, to: int) -> str:
 
 
 def step_targets(frm: int, to: int, step: int) -> tuple[int, ...]:
-    """Absolute target epochs of the ⌈(to − from)/Δ⌉ steps of a job; the last one may be shorter."""
+    """Absolute target epochs of the ⌈(to - from)/Δ⌉ steps of a job; the last one may be shorter."""
     return (*range(frm + step, to, step), to)
 
 
@@ -114,7 +115,11 @@ class WeightsFetched(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open(Event):
-    """A decision, recorded before anything runs. `c`: config id as text, or a pseudo-configuration."""
+    """A decision, recorded before anything runs.
+
+    `c` is a config id as text, or a pseudo-configuration; `h` the decision hash; `res` reserved
+    device-seconds.
+    """
 
     kind: ClassVar[str] = "open"
     c: str
@@ -287,12 +292,14 @@ def to_fields(event: Event) -> dict[str, str]:
 def from_fields(stream_id: str, wire: Mapping[str, str]) -> Event:
     """The inverse of `to_fields`.
 
-    Raises: NewerSchemaError for an unknown kind or a newer `run`; LedgerError for a malformed event.
+    Raises: NewerSchemaError for an unknown kind or a newer `run`; LedgerError for a malformed one.
     """
     kind = wire.get("k", "")
     cls = KINDS.get(kind)
     if cls is None:
-        raise NewerSchemaError(f"event {stream_id}: unknown kind {kind!r}; upgrade to read this ledger")
+        raise NewerSchemaError(
+            f"event {stream_id}: unknown kind {kind!r}; upgrade to read this ledger"
+        )
     values: dict[str, Any] = {"id": stream_id}
     try:
         for spec in fields(cls):

@@ -1,15 +1,43 @@
 """What a stream of events adds up to: the one function from history to state.
 
 `fold(events)` is pure and total over valid streams; the planner, the status, the reports and the
-optimizer's replay all read its result, so that they can never disagree.
+optimizer's replay all read its result, so that they can never disagree. State is mutable only
+inside one call; what comes out is frozen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
-from qtt_core.ledger.events import Close, Event, Note, Prepared, Run, WeightsFetched
+from qtt_core.errors import LedgerError
+from qtt_core.ledger.events import (
+    EVALUATION,
+    Cancel,
+    Close,
+    Done,
+    Event,
+    Fail,
+    Note,
+    Open,
+    Prepared,
+    Reopen,
+    Retry,
+    Run,
+    WeightsFetched,
+    is_charged,
+    is_evaluation,
+    is_pseudo,
+    step_targets,
+)
+from qtt_core.steps import State
+
+APP_REASONS = frozenset({"bug", "badmessage", State.INTERNAL.value})
+"""Reasons of `retry` and `cancel` that are faults of the trainer, not of the infrastructure."""
+
+DATA_REASONS = frozenset({State.BAD_DATA.value, State.DATASET_CHANGED.value})
+USER_REASONS = frozenset({"Stopped"})
+INVALID_REASONS = frozenset({State.INVALID_CONFIG.value, State.IDENTITY_MISMATCH.value})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +71,9 @@ class LedgerState:
     closed: Close | None = None
     open: Mapping[str, OpenEntry] = field(default_factory=dict)
     heads: Mapping[str, int] = field(default_factory=dict)
-    """Config id -> highest committed epoch."""
+    """Config id -> highest committed epoch. Pseudo-configurations are not listed."""
     step_keys: frozenset[tuple[str, int]] = frozenset()
-    """(config, absolute target epoch) of every committed step."""
+    """(config or pseudo-configuration, absolute target epoch) of every committed step."""
     retired: frozenset[str] = frozenset()
     failed: Mapping[str, str] = field(default_factory=dict)
     """Config id -> why it is closed: diverged, oom, infeasible, or a cancel's reason (retired)."""
@@ -65,10 +93,209 @@ class LedgerState:
     first_time: float = 0.0
 
 
-def fold(events: Iterable[Event], state: LedgerState | None = None, *, step_epochs: int = 1) -> LedgerState:
-    """Fold events, in stream order, onto a state.
+def fold(events: Iterable[Event], state: LedgerState | None = None) -> LedgerState:
+    """Events, in stream order, added onto a state: folding b onto the fold of a is folding a + b.
+
+    Δ, the epochs of a step, is `spec.fidelity.step` of the `run` event (1 where it is silent).
 
     Raises: LedgerError if an event contradicts the state (an end without an open entry, an attempt
     that was never opened); the scripts make that impossible, a damaged store does not.
     """
-    raise NotImplementedError
+    folder = _Folder(state or LedgerState())
+    for event in events:
+        folder.take(event)
+    return folder.freeze()
+
+
+def step_epochs(run: Run | None) -> int:
+    """Δ = `fidelity.step` of the run, 1 where it is silent."""
+    fidelity = run.spec.get("fidelity") if run is not None else None
+    step = fidelity.get("step", 1) if isinstance(fidelity, Mapping) else 1
+    return max(1, int(step))
+
+
+class _Folder:
+    """The state while a fold runs: plain dicts and counters, one method per kind of event."""
+
+    def __init__(self, state: LedgerState) -> None:
+        self.step = step_epochs(state.run)
+        self.last_id, self.epoch = state.last_id, state.epoch
+        self.run, self.prepared, self.weights = state.run, state.prepared, state.weights
+        self.closed = state.closed
+        self.open = dict(state.open)
+        self.heads = dict(state.heads)
+        self.step_keys = set(state.step_keys)
+        self.retired = set(state.retired)
+        self.failed = dict(state.failed)
+        self.steps = state.steps
+        self.charged, self.overhead, self.queue = (
+            state.charged_seconds, state.overhead_seconds, state.queue_seconds,
+        )  # fmt: skip
+        self.infra_retries = state.infra_retries
+        self.cancelled, self.invalid = state.cancelled_in_a_row, state.invalid_in_a_row
+        self.notes = list(state.notes)
+        self.last_end, self.first_time = state.last_end, state.first_time
+        self.order = _position(state.last_id)
+
+    def take(self, event: Event) -> None:
+        if event.id:  # an event that was never written has none
+            order = _position(event.id)
+            if order <= self.order:
+                raise LedgerError(f"event {event.id} comes after {self.last_id}")
+            self.last_id, self.order = event.id, order
+            self.first_time = self.first_time or event.time
+        self.epoch = max(self.epoch, event.ep)
+        handler = _HANDLERS.get(type(event))
+        if handler is None:
+            raise LedgerError(f"event {event.id}: no rule for {type(event).__name__}")
+        handler(self, event)
+
+    def freeze(self) -> LedgerState:
+        return LedgerState(
+            last_id=self.last_id, epoch=self.epoch, run=self.run, prepared=self.prepared,
+            weights=self.weights, closed=self.closed, open=self.open, heads=self.heads,
+            step_keys=frozenset(self.step_keys), retired=frozenset(self.retired),
+            failed=self.failed, steps=self.steps, charged_seconds=self.charged,
+            overhead_seconds=self.overhead, queue_seconds=self.queue,
+            infra_retries=self.infra_retries, cancelled_in_a_row=self.cancelled,
+            invalid_in_a_row=self.invalid, notes=tuple(self.notes), last_end=self.last_end,
+            first_time=self.first_time,
+        )  # fmt: skip
+
+    # --- one method per kind ---
+
+    def on_run(self, event: Run) -> None:
+        if self.run is not None:
+            raise LedgerError(f"event {event.id}: a second run event")
+        self.run, self.step = event, step_epochs(event)
+
+    def on_open(self, event: Open) -> None:
+        c = event.c
+        if c in self.open:
+            raise LedgerError(f"event {event.id}: {c} is open since {self.open[c].opened_id}")
+        if self.closed is not None and not is_evaluation(c):
+            raise LedgerError(f"event {event.id}: {c} opened on a closed run")
+        head = event.frm if is_pseudo(c) else self.heads.get(c, 0)
+        if event.to <= event.frm or event.frm != head:
+            raise LedgerError(
+                f"event {event.id}: {c} opened {event.frm} -> {event.to}, head is {head}"
+            )
+        self.open[c] = OpenEntry(
+            c=c, frm=event.frm, to=event.to, attempt=event.a, decision=event.h,
+            reserved=event.res, opened_id=event.id, since=event.time,
+        )  # fmt: skip
+
+    def on_done(self, event: Done) -> None:
+        entry = self._end(event)
+        c = event.c
+        self.step_keys.update((c, to) for to in step_targets(entry.frm, entry.to, self.step))
+        self.steps += event.steps(entry.frm, self.step)
+        if event.last_epoch is not None:
+            self.heads[c] = max(self.heads.get(c, 0), event.last_epoch)
+        if event.state != State.OK:
+            self.failed[c] = event.state
+        self.cancelled = self.invalid = 0
+
+    def on_fail(self, event: Fail) -> None:
+        self._end(event)
+        self.step_keys.add((event.c, event.to))
+        self.steps += 1
+        self.failed[event.c] = event.state
+        self.cancelled = self.invalid = 0
+
+    def on_retry(self, event: Retry) -> None:
+        entry = self._entry(event.id, event.c, event.to, event.a - 1)
+        self._charge(event)
+        self.open[event.c] = replace(
+            entry, attempt=event.a, since=event.time, retries=(*entry.retries, event.reason),
+            charged=entry.charged + event.dev,
+        )  # fmt: skip
+        self.infra_retries += event.reason not in APP_REASONS
+
+    def on_cancel(self, event: Cancel) -> None:
+        self._end(event)
+        if event.retire:
+            self.retired.add(event.c)
+            self.failed[event.c] = event.reason
+        if event.reason in INVALID_REASONS or (
+            event.retire and event.reason == State.WEIGHTS_UNAVAILABLE  # the hub said 401, 403, 404
+        ):
+            self.invalid += 1
+        elif event.reason not in APP_REASONS | DATA_REASONS | USER_REASONS:
+            self.cancelled += 1
+
+    def on_prepared(self, event: Prepared) -> None:
+        self._close_pseudo(event.id, event.c, event.to, event.a)
+        self.charged += event.dev
+        self.prepared = event
+        self.cancelled = self.invalid = 0
+
+    def on_weights(self, event: WeightsFetched) -> None:
+        self._close_pseudo(event.id, event.c, event.to, event.a)
+        self.weights = event
+
+    def on_note(self, event: Note) -> None:
+        if event.what == EVALUATION:
+            self._close_pseudo(event.id, event.c, event.to, event.a)
+        self.notes.append(event)
+
+    def on_close(self, event: Close) -> None:
+        self.closed = event
+
+    def on_reopen(self, _event: Reopen) -> None:
+        self.closed = None
+        self.cancelled = self.invalid = 0  # a person has looked
+
+    # --- what they share ---
+
+    def _entry(self, stream_id: str, c: str, to: int, attempt: int) -> OpenEntry:
+        entry = self.open.get(c)
+        if entry is None or entry.to != to:
+            raise LedgerError(f"event {stream_id}: {c} -> {to} ended but was not open")
+        if entry.attempt != attempt:
+            raise LedgerError(
+                f"event {stream_id}: {c} -> {to} ended attempt {attempt}, not {entry.attempt}"
+            )
+        return entry
+
+    def _end(self, event: Done | Fail | Cancel) -> OpenEntry:
+        entry = self._entry(event.id, event.c, event.to, event.a)
+        self._charge(event)
+        del self.open[event.c]
+        return entry
+
+    def _close_pseudo(self, stream_id: str, c: str, to: int, attempt: int) -> None:
+        self._entry(stream_id, c, to, attempt)
+        del self.open[c]
+        self.step_keys.add((c, to))
+
+    def _charge(self, event: Done | Fail | Retry | Cancel) -> None:
+        self.last_end = event.time or self.last_end
+        if is_charged(event.c):
+            self.charged += event.dev
+            self.overhead += event.ov
+            self.queue += event.q
+
+
+_HANDLERS: Mapping[type[Event], Callable[..., None]] = {
+    Run: _Folder.on_run,
+    Prepared: _Folder.on_prepared,
+    WeightsFetched: _Folder.on_weights,
+    Open: _Folder.on_open,
+    Done: _Folder.on_done,
+    Fail: _Folder.on_fail,
+    Retry: _Folder.on_retry,
+    Cancel: _Folder.on_cancel,
+    Note: _Folder.on_note,
+    Close: _Folder.on_close,
+    Reopen: _Folder.on_reopen,
+}
+
+
+def _position(stream_id: str) -> tuple[int, int]:
+    """A stream id as (milliseconds, sequence), which sorts; ids as text do not."""
+    milliseconds, _, sequence = stream_id.partition("-")
+    try:
+        return int(milliseconds), int(sequence or 0)
+    except ValueError as error:
+        raise LedgerError(f"{stream_id!r} is no stream id") from error

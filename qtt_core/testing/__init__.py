@@ -1,0 +1,1 @@
+"""Fakes and contract tests that ship with the package: a fake passes what the real one passes."""
