@@ -1,0 +1,71 @@
+# Everything a newcomer, a developer and CI run. `make help` lists it; needs make and Python >= 3.11, nothing else.
+
+VENV  ?= .venv
+PY    := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+BEGUN := $(VENV)/.unfinished
+OURS  := pyproject.toml constraints.txt constraints-torch.txt
+
+# The first interpreter that really starts: version managers leave shims on PATH that do not.
+# 3.11 and 3.12 first: they get the embedded Redis as a wheel; later ones need redis-server on PATH.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python3.13 python3.14 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+INSTALL := -c constraints.txt -c constraints-torch.txt -e '.[local,operator,dev]'
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test check slow bench clean FORCE
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
+
+venv: $(STAMP) ## make or refresh .venv (PYTHON=python3.12 to choose the interpreter)
+
+# An environment whose interpreter is gone, or that was made in another folder, is not up to date.
+ifneq ($(shell $(PY) -c pass 2>/dev/null && cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): FORCE
+endif
+
+# Made anew when an earlier attempt was cut off, when pip does not start, or when the checkout moved;
+# otherwise what changed in the pins is installed into the environment that is there.
+$(STAMP): $(OURS)
+	@if [ -e $(BEGUN) ] || ! $(PY) -m pip --version >/dev/null 2>&1 \
+		|| { [ -e $@ ] && [ "$$(cat $@)" != "$(CURDIR)" ]; }; then \
+		[ -n "$(PYTHON)" ] || { echo "no Python >= 3.11 on PATH; install one, or: make venv PYTHON=/path/to/python" >&2; exit 1; }; \
+		echo "making $(VENV) with $$($(PYTHON) --version)"; \
+		rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); \
+	fi
+	@touch $(BEGUN)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt uv \
+		|| echo "uv is not to be had here; pip does the work, slower"
+	@$(VENV)/bin/uv pip install --quiet --python $(PY) $(INSTALL) \
+		|| $(PY) -m pip install --quiet --disable-pip-version-check $(INSTALL)
+	@printf %s "$(CURDIR)" > $@ && rm -f $(BEGUN)
+
+demo: venv ## tune on 1,797 scanned digits: environment, data, one local run, leaderboard
+	@$(PY) examples/digits/prepare.py
+	@$(VENV)/bin/qtt run examples/digits/tuningrun.yaml $(DEMO_FLAGS)
+
+test: venv ## the CPU test suite, no network
+	@$(PY) -m pytest -q $(PYTEST_FLAGS)
+
+check: venv ## lint, format, types, import rules, drift
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/ruff format --check
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+	@$(PY) -m pytest -q tests/packaging/test_drift.py
+
+slow: venv ## the tests that take minutes of CPU
+	@$(PY) -m pytest -q -m slow $(PYTEST_FLAGS)
+
+bench: venv ## the figures of the README: the demo's limits, our overhead, Quick-Tune against random
+	@$(PY) benchmarks/demo.py
+	@$(PY) benchmarks/overhead.py
+	@$(PY) benchmarks/quicktune_vs_random.py
+
+clean: ## remove what the other targets made
+	@rm -rf $(VENV) .quicktune/digits examples/digits/digits benchmarks/out build dist *.egg-info \
+		.pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,39 @@
+"""What every test may rely on: one thread a process, repeatable examples, paths that are found or skipped."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch: the suite's tensors are small, and more threads than cores only wait.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# No deadline: a shared core makes any example slow once. In CI the examples are drawn from the test's
+# name, so that a red run is red again; `.hypothesis/` keeps what a developer's machine found.
+settings.register_profile("developer", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "developer")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout that is being tested."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def micro_runs() -> Path:
+    """The published micro runs as CSV; tests that need them are skipped where they are not at hand."""
+    path = os.environ.get("QUICKTUNE_MICRO_RUNS", "")
+    if not path:
+        pytest.skip("QUICKTUNE_MICRO_RUNS is not set: the CSV of published micro runs is not at hand")
+    if not Path(path).is_file():
+        pytest.fail(f"QUICKTUNE_MICRO_RUNS names no file: {path}")
+    return Path(path)
