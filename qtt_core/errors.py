@@ -1,20 +1,20 @@
 """Every error of the project, one root; leaves say whose fault it is and whether a retry helps.
 
-    QuickTuneError
-    ├── SpecError                 the user's input: all faults at once, each with field, value, remedy
-    ├── DataError                 the user's images
-    ├── SpecDriftError            a manifest changed under a started run
-    ├── UnknownConfigurationError a config id nobody proposed
-    ├── ObservationError          a result the optimizer cannot accept
-    ├── MessageError              a termination message that is missing, stale or out of range
-    ├── LedgerError               events that contradict each other
-    │   └── NewerSchemaError      written by a newer version
-    ├── StoreError                Redis
-    │   ├── StoreUnavailableError   unreachable; a retry helps
-    │   └── StaleEpochError         another process has taken over; stop writing
-    ├── OptimizerError            a worker that died, timed out or answered nonsense
-    ├── VolumeError               disk full or I/O on the state folder
-    └── RunLockedError            another process runs this run
+QuickTuneError
+├── SpecError                 the user's input: all faults at once, each with field, value, remedy
+├── DataError                 the user's images
+├── SpecDriftError            a manifest changed under a started run
+├── UnknownConfigurationError a config id nobody proposed
+├── ObservationError          a result the optimizer cannot accept
+├── MessageError              a termination message that is missing, stale or out of range
+├── LedgerError               events that contradict each other
+│   └── NewerSchemaError      written by a newer version
+├── StoreError                Redis
+│   ├── StoreUnavailableError   unreachable; a retry helps
+│   └── StaleEpochError         another process has taken over; stop writing
+├── OptimizerError            a worker that died, timed out or answered nonsense
+├── VolumeError               disk full or I/O on the state folder
+└── RunLockedError            another process runs this run
 """
 
 from __future__ import annotations

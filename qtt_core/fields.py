@@ -115,9 +115,12 @@ class Fields:
         value = self._get(name, required=required)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int):
-            self.fault(name, value, f"use an integer{_range(low, high)}")
-        elif (low is not None and value < low) or (high is not None and value > high):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int)
+            or (low is not None and value < low)
+            or (high is not None and value > high)
+        ):
             self.fault(name, value, f"use an integer{_range(low, high)}")
         else:
             return value
@@ -152,8 +155,10 @@ class Fields:
             return float(value)
         return default
 
-    def decimal(self, name: str, *, low: float | None = None, high: float | None = None) -> float | None:
-        """A decimal written as a quoted string (Kubernetes API conventions ban floats); None when absent."""
+    def decimal(
+        self, name: str, *, low: float | None = None, high: float | None = None
+    ) -> float | None:
+        """A decimal in a quoted string (API conventions ban floats); None when absent."""
         value = self._get(name)
         if value is None:
             return None
@@ -161,8 +166,10 @@ class Fields:
             self.fault(name, value, 'use a quoted decimal such as "0.93"')
             return None
         number = float(value)
-        if not math.isfinite(number) or (low is not None and number < low) or (
-            high is not None and number > high
+        if (
+            not math.isfinite(number)
+            or (low is not None and number < low)
+            or (high is not None and number > high)
         ):
             self.fault(name, value, f"use a decimal{_range(low, high)}")
             return None
@@ -222,7 +229,9 @@ class Fields:
             if key not in self._known:
                 close = difflib.get_close_matches(str(key), sorted(self._known), n=1)
                 meant = f"did you mean {close[0]}? " if close else ""
-                self.fault(str(key), self._values[key], f"unknown field; {meant}known here: {known}")
+                self.fault(
+                    str(key), self._values[key], f"unknown field; {meant}known here: {known}"
+                )
 
     def _present(self, name: str) -> bool:
         self._known.add(name)

@@ -1,7 +1,7 @@
 """The job document: everything a trainer process needs to know, as JSON (20-trainer 1).
 
-Written by the controller (Job env or `serve` line), read by the trainer; unknown keys are errors that
-name them. Paths inside are relative to the run root unless said otherwise.
+Written by the controller (Job env or `serve` line), read by the trainer; unknown keys are errors
+that name them. Paths inside are relative to the run root unless said otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """The data set and the objective. `data` is absolute; `class_map` relative to the run's folder."""
+    """Data set and objective. `data` is absolute, `class_map` relative to the run's folder."""
 
     data: str
     train_split: str = "train"
@@ -118,7 +118,9 @@ def parse_job(raw: object, *, command: str) -> JobDocument:
     if top.integer("schema", SCHEMA) != SCHEMA:
         top.fault("schema", top.raw("schema"), f"this trainer reads schema {SCHEMA}")
     job = JobDocument(
-        run_uid=top.text("run_uid", required=True, pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*", longest=63),
+        run_uid=top.text(
+            "run_uid", required=True, pattern=r"[A-Za-z0-9][A-Za-z0-9._-]*", longest=63
+        ),
         attempt=top.integer("attempt", low=0, high=1000, required=True),
         nonce=top.text("nonce", required=True, longest=64),
         task=_task(top.child("task", required=True)),

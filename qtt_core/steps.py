@@ -1,7 +1,7 @@
 """The types that travel: proposals, observations, job documents and their results.
 
-Values flow down the path of one step (optimizer -> planner -> trainer -> ledger -> optimizer); these
-are the shapes they flow in. Everything here is frozen, plain data; JSON is the only wire format.
+Values flow down the path of one step (optimizer -> planner -> trainer -> ledger -> optimizer);
+these are the shapes they flow in. Everything here is frozen, plain data; JSON is the only wire format.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MESSAGE_BYTES = 4096
 
 Scalar = str | int | float | bool | None
 Config = Mapping[str, Scalar]
-"""One configuration in canonical form: JSON scalars only, inactive names absent, off = "none" or 0."""
+"""A configuration in canonical form: JSON scalars, inactive names absent, off = "none" or 0."""
 
 
 def canonical_json(value: object) -> str:
@@ -102,7 +102,7 @@ class Outcome(StrEnum):
 
 
 class State(StrEnum):
-    """How a trainer process ended; the first four are facts about the configuration (20-trainer 5.4)."""
+    """How a trainer process ended (20-trainer 5.4); the first four are facts about the configuration."""
 
     OK = "ok"
     DIVERGED = "diverged"
@@ -175,7 +175,10 @@ class Why:
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> Why:
         """The inverse of `to_json`; unknown keys of newer versions are dropped."""
-        return Why(**{name: raw.get(name) for name in Why.__slots__ if name != "rule"}, rule=str(raw.get("rule", "")))
+        return Why(
+            **{name: raw.get(name) for name in Why.__slots__ if name != "rule"},
+            rule=str(raw.get("rule", "")),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +215,7 @@ class Observation:
 
     Units: score in [0, 1] and maximised, seconds of training + evaluation per epoch.
     Both are empty for `oom` and `infeasible` (`fidelity` = the proposal's `fidelity_to`); for
-    `diverged` they hold the finite epochs after the last one told and `fidelity` is the failed epoch.
+    `diverged` they hold the finite epochs after the last one told; `fidelity` is the failed epoch.
     """
 
     config_id: int
@@ -229,13 +232,13 @@ class Observation:
     def __post_init__(self) -> None:
         if len(self.scores) != len(self.seconds):
             raise ObservationError(
-                f"configuration {self.config_id}: {len(self.scores)} scores but {len(self.seconds)} seconds"
+                f"configuration {self.config_id}: {len(self.scores)} scores, {len(self.seconds)} seconds"
             )
         for name, values in (("scores", self.scores), ("seconds", self.seconds)):
             for value in values:
                 if not math.isfinite(value) or (name == "seconds" and value < 0):
                     raise ObservationError(
-                        f"configuration {self.config_id}: {name} holds {value!r}; use finite numbers"
+                        f"configuration {self.config_id}: {name} holds {value!r}; finite numbers only"
                     )
 
     def to_json(self) -> dict[str, Any]:
@@ -307,7 +310,11 @@ class Recommendation:
             "fidelity": self.fidelity,
             "score": self.score,
             "n_val": self.n_val,
-            "best_observed": {"config_id": best.config_id, "fidelity": best.fidelity, "score": best.score},
+            "best_observed": {
+                "config_id": best.config_id,
+                "fidelity": best.fidelity,
+                "score": best.score,
+            },
         }
 
     @staticmethod
@@ -318,7 +325,7 @@ class Recommendation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Switches of an optimizer; the defaults are the product's. None = the algorithm's own default."""
+    """Switches of an optimizer, with the product's defaults; None = the algorithm's own."""
 
     pool_size: int = 512
     initial_configs: tuple[Config, ...] = ()
@@ -363,7 +370,7 @@ class Abandon:
 
 
 OptimizerEvent = Proposal | Observation | Abandon
-"""What an optimizer is fed, in ledger order: proposals as opened, their results, their untold ends."""
+"""What an optimizer is fed, in ledger order: proposals as opened, results, untold ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,7 +378,7 @@ class OptimizerSetup:
     """Everything an optimizer worker needs to build its optimizer; plain JSON."""
 
     algorithm: str
-    """The manifest's name (`QuickTune`, `Random`, …); with `External`, `external` names the entry point."""
+    """The manifest's name (`QuickTune`, …); with `External`, `external` names the entry point."""
     space: str
     hub: Mapping[str, Any]
     """{"name": …, "cards": [...]}, already limited to the run's models."""
@@ -416,7 +423,7 @@ def decision_hash(
     seed: int,
     position: str,
 ) -> str:
-    """Identity of a decision (30-kubernetes 3.1); `position` = last stream id the optimizer was told."""
+    """Identity of a decision (30-kubernetes 3.1); `position`: last stream id the optimizer was told."""
     return digest(
         {
             "uid": uid,
@@ -441,7 +448,7 @@ def nonce(decision: str, attempt: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epoch:
-    """One trained epoch: absolute number, the objective's native value, train + evaluation seconds."""
+    """One trained epoch: absolute number, native metric value, train + evaluation seconds."""
 
     epoch: int
     value: float
@@ -523,7 +530,7 @@ class StepResult:
                 raise MessageError("not a version 1 message")
             if raw["nonce"] != nonce or raw["attempt"] != attempt:
                 raise MessageError(
-                    f"stale: attempt {raw['attempt']} nonce {raw['nonce']}, expected {attempt} {nonce}"
+                    f"stale: attempt {raw['attempt']}, nonce {raw['nonce']}; not {attempt}, {nonce}"
                 )
             return StepResult(
                 attempt=int(raw["attempt"]),
@@ -563,14 +570,14 @@ class StepResult:
             raise MessageError(f"epochs {numbers} are not consecutive")
         if numbers and not (1 <= numbers[0] <= fidelity_from + 1 and numbers[-1] <= fidelity_to):
             raise MessageError(
-                f"epochs {numbers[0]}..{numbers[-1]} were not asked for ({fidelity_from + 1}..{fidelity_to})"
+                f"epochs {numbers[0]}..{numbers[-1]}, asked for {fidelity_from + 1}..{fidelity_to}"
             )
         if self.state is State.OK and (not numbers or numbers[-1] != fidelity_to):
             raise MessageError(f"state ok without epoch {fidelity_to}")
         for e in self.epochs:
             if not metric.in_range(e.value):
                 raise MessageError(
-                    f"epoch {e.epoch}: {metric.name} {e.value} outside [{metric.low}, {metric.high}]"
+                    f"epoch {e.epoch}: {metric.name} {e.value} not in [{metric.low}, {metric.high}]"
                 )
             if not math.isfinite(e.seconds) or e.seconds < 0:
                 raise MessageError(f"epoch {e.epoch}: {e.seconds} seconds")

@@ -36,6 +36,9 @@ APP_REASONS = frozenset({"bug", "badmessage", State.INTERNAL.value})
 """Reasons of `retry` and `cancel` that are faults of the trainer, not of the infrastructure."""
 
 DATA_REASONS = frozenset({State.BAD_DATA.value, State.DATASET_CHANGED.value})
+RETRY_TOKEN = "retry"
+"""A note that a person asked to go on after failures in a row (annotation, or the same command again)."""
+
 USER_REASONS = frozenset({"Stopped"})
 INVALID_REASONS = frozenset({State.INVALID_CONFIG.value, State.IDENTITY_MISMATCH.value})
 
@@ -87,6 +90,8 @@ class LedgerState:
     """Cancels for used-up infrastructure retries since the last `done` or `fail`."""
     invalid_in_a_row: int = 0
     """Cancels with exit 64 since the last `done` or `fail`."""
+    bugs_in_a_row: int = 0
+    """Configurations retired for a fault of the trainer since the last `done` or `fail`."""
     notes: tuple[Note, ...] = ()
     last_end: float = 0.0
     """Time of the newest `done`, `fail`, `retry` or `cancel`."""
@@ -133,6 +138,7 @@ class _Folder:
         )  # fmt: skip
         self.infra_retries = state.infra_retries
         self.cancelled, self.invalid = state.cancelled_in_a_row, state.invalid_in_a_row
+        self.bugs = state.bugs_in_a_row
         self.notes = list(state.notes)
         self.last_end, self.first_time = state.last_end, state.first_time
         self.order = _position(state.last_id)
@@ -158,7 +164,7 @@ class _Folder:
             failed=self.failed, steps=self.steps, charged_seconds=self.charged,
             overhead_seconds=self.overhead, queue_seconds=self.queue,
             infra_retries=self.infra_retries, cancelled_in_a_row=self.cancelled,
-            invalid_in_a_row=self.invalid, notes=tuple(self.notes), last_end=self.last_end,
+            invalid_in_a_row=self.invalid, bugs_in_a_row=self.bugs, notes=tuple(self.notes), last_end=self.last_end,
             first_time=self.first_time,
         )  # fmt: skip
 
@@ -194,14 +200,14 @@ class _Folder:
             self.heads[c] = max(self.heads.get(c, 0), event.last_epoch)
         if event.state != State.OK:
             self.failed[c] = event.state
-        self.cancelled = self.invalid = 0
+        self.cancelled = self.invalid = self.bugs = 0
 
     def on_fail(self, event: Fail) -> None:
         self._end(event)
         self.step_keys.add((event.c, event.to))
         self.steps += 1
         self.failed[event.c] = event.state
-        self.cancelled = self.invalid = 0
+        self.cancelled = self.invalid = self.bugs = 0
 
     def on_retry(self, event: Retry) -> None:
         entry = self._entry(event.id, event.c, event.to, event.a - 1)
@@ -221,14 +227,16 @@ class _Folder:
             event.retire and event.reason == State.WEIGHTS_UNAVAILABLE  # the hub said 401, 403, 404
         ):
             self.invalid += 1
-        elif event.reason not in APP_REASONS | DATA_REASONS | USER_REASONS:
+        elif event.reason in APP_REASONS:
+            self.bugs += 1
+        elif event.reason not in DATA_REASONS | USER_REASONS:
             self.cancelled += 1
 
     def on_prepared(self, event: Prepared) -> None:
         self._close_pseudo(event.id, event.c, event.to, event.a)
         self.charged += event.dev
         self.prepared = event
-        self.cancelled = self.invalid = 0
+        self.cancelled = self.invalid = self.bugs = 0
 
     def on_weights(self, event: WeightsFetched) -> None:
         self._close_pseudo(event.id, event.c, event.to, event.a)
@@ -237,6 +245,8 @@ class _Folder:
     def on_note(self, event: Note) -> None:
         if event.what == EVALUATION:
             self._close_pseudo(event.id, event.c, event.to, event.a)
+        if event.what == RETRY_TOKEN:
+            self.cancelled = self.invalid = self.bugs = 0  # a person has looked
         self.notes.append(event)
 
     def on_close(self, event: Close) -> None:
@@ -244,7 +254,7 @@ class _Folder:
 
     def on_reopen(self, _event: Reopen) -> None:
         self.closed = None
-        self.cancelled = self.invalid = 0  # a person has looked
+        self.cancelled = self.invalid = self.bugs = 0  # a person has looked
 
     # --- what they share ---
 

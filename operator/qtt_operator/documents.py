@@ -1,0 +1,126 @@
+"""Renders job documents: the one place that turns a decision into what the trainer reads. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from qtt_core.hub import Hub
+from qtt_core.jobs import Flags, JobDocument, Limits, Paths, Task
+from qtt_core.ledger.fold import LedgerState
+from qtt_core.plan import CreateJob, Identity
+from qtt_core.spec import RunSpec
+from qtt_core.steps import Config, nonce, step_key
+
+GRACE_SHARE, GRACE_SECONDS = 0.1, 60.0
+"""The trainer ends by itself this much before the back end would kill it: time to checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where a step finds things: absolute folders as the trainer process sees them."""
+
+    data: str
+    root: str
+    weights: str = ""
+    cache: str = ""
+    offline: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunContents:
+    """What stays the same for every job of a run."""
+
+    spec: RunSpec
+    identity: Identity
+    hub: Hub
+    places: Places
+
+
+def job_document(
+    run: RunContents,
+    job: CreateJob,
+    ledger: LedgerState,
+    config: Config | None = None,
+    gc: tuple[str, ...] = (),
+) -> JobDocument:
+    """The document of `prepare` or of a step; the back end adds device and threads.
+
+    Raises: SpecError if the configuration names a model that the hub lacks.
+    """
+    common = JobDocument(
+        run_uid=run.identity.uid,
+        attempt=job.attempt,
+        nonce=nonce(job.decision, job.attempt),
+        task=_task(run, ledger),
+        paths=Paths(root=run.places.root, weights=run.places.weights, cache=run.places.cache),
+        limits=Limits(wall_s=_wall(job.timeout_seconds)),
+        flags=Flags(allow_restart=job.allow_restart, offline=run.places.offline),
+        seed=run.identity.seed,
+        step=step_key(int(job.c), job.to) if job.c.isdigit() else step_key(job.c, job.to),
+    )
+    if config is None:
+        return replace(common, cards=tuple(card.to_json() for card in run.hub.cards))
+    return replace(
+        common,
+        config_id=int(job.c),
+        config=dict(config),
+        space_id=run.identity.space_id,
+        space_sha=run.identity.space_sha,
+        card=run.hub.card(str(config["model"])).to_json(),
+        fidelity_from=job.frm,
+        fidelity_to=job.to,
+        step_epochs=run.spec.fidelity.step,
+        max_fidelity=run.spec.fidelity.max,
+        gc=gc,
+    )
+
+
+def evaluate_document(
+    run: RunContents,
+    ledger: LedgerState,
+    *,
+    checkpoints: tuple[str, ...],
+    split: str,
+    token: str,
+    data: str | None = None,
+) -> JobDocument:
+    """Score kept checkpoints on a split the search never read; `data` defaults to the run's."""
+    task = _task(run, ledger)
+    return JobDocument(
+        run_uid=run.identity.uid,
+        attempt=0,
+        nonce=nonce(token, 0),
+        task=replace(task, split=split, data=data or task.data),
+        paths=Paths(root=run.places.root, weights=run.places.weights, cache=run.places.cache),
+        flags=Flags(offline=run.places.offline),
+        seed=run.identity.seed,
+        step=token,
+        checkpoints=checkpoints,
+        cards=tuple(card.to_json() for card in run.hub.cards),
+    )
+
+
+def _task(run: RunContents, ledger: LedgerState) -> Task:
+    dataset = run.spec.dataset
+    return Task(
+        data=run.places.data,
+        train_split=dataset.train_split,
+        val_split=dataset.val_split,
+        fingerprint=ledger.prepared.fingerprint if ledger.prepared else "",
+        metric=run.spec.objective.metric,
+        format=dataset.format,
+        img_size=dataset.image_size,
+        auto_split=dataset.auto_split,
+        in_chans=dataset.in_channels,
+        num_classes=dataset.num_classes,
+        metafeatures=_numbers(dataset.metafeatures),
+    )
+
+
+def _numbers(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+def _wall(timeout: float) -> float:
+    return timeout - min(GRACE_SECONDS, GRACE_SHARE * timeout)

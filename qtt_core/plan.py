@@ -1,0 +1,272 @@
+"""The vocabulary of a turn: what the planner is given and what it may order.
+
+`PlannerInput` is everything a decision may depend on; a `Plan` is an ordered list of actions. Both
+are plain frozen data, so that a decision can be written down, replayed and tested as a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from qtt_core.ledger.events import Cancel, Done, Event, Fail, Open, Retry
+from qtt_core.ledger.fold import LedgerState
+from qtt_core.spec import RunSpec
+from qtt_core.steps import BudgetView, Config, Proposal, State, StepResult
+
+# --- observed --------------------------------------------------------------------------------
+
+
+class JobPhase(StrEnum):
+    """Where a job is."""
+
+    QUEUED = "queued"
+    PENDING = "pending"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEnd:
+    """How a job's trainer process ended, as the back end saw it.
+
+    `exit_code` None = killed by `signal` or never seen to end; `message`: the termination message;
+    `reason`: the back end's own word (`OOMKilled`, `DeadlineExceeded`, `RunnerLost`, …).
+    Units: seconds of device time held, and seconds waited before it.
+    """
+
+    exit_code: int | None
+    signal: int | None = None
+    message: str = ""
+    reason: str = ""
+    device_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    node: str = ""
+
+
+class Ending(StrEnum):
+    """What an end means (30-kubernetes 5.3)."""
+
+    RESULT = "result"
+    PREPARED = "prepared"
+    BAD_JOB = "bad_job"
+    BAD_DATA = "bad_data"
+    BUG = "bug"
+    INFRA = "infra"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """A classified end: kind, the trainer's state or the back end's reason, and the checked result.
+
+    `scores`: (absolute epoch, score in [0, 1], seconds), converted from the metric's native value.
+    """
+
+    kind: Ending
+    reason: str
+    message: str = ""
+    state: State | None = None
+    result: StepResult | None = None
+    scores: tuple[tuple[int, float, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedJob:
+    """One job, by the decision it belongs to; `c` as in the ledger.
+
+    A back end leaves `verdict` None; the gather stage fills it for ended jobs.
+    """
+
+    name: str
+    kind: str
+    c: str
+    to: int
+    attempt: int
+    phase: JobPhase
+    created_at: float
+    started_at: float | None = None
+    end: JobEnd | None = None
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """All jobs of the run; `synced_at`: when the list was last known to be complete."""
+
+    jobs: tuple[ObservedJob, ...] = ()
+    synced_at: float = 0.0
+    devices: int = 512
+    """How many jobs the back end can run at once (locally: the device slots)."""
+
+
+# --- the other inputs --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What a run is, fixed at its start."""
+
+    uid: str
+    name: str
+    seed: int
+    space_id: str
+    space_sha: str
+    spec_hash: str
+    version: str
+    raw_spec: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerView:
+    """Where the optimizer is: loaded, busy with a call, and its unconsumed answer.
+
+    `told`: stream id of the last event it was fed. `answered`: an ask made after that event has
+    come back; its `proposals` may be empty and `finished` says why nothing is left (`goal`, `gain`,
+    `exhausted`, `budget`).
+    """
+
+    loaded: bool = False
+    busy: bool = False
+    told: str = "0-0"
+    answered: bool = False
+    proposals: tuple[Proposal, ...] = ()
+    finished: str | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerInput:
+    """Everything a decision may depend on; `now` in seconds since 1970."""
+
+    spec: RunSpec
+    identity: Identity
+    ledger: LedgerState
+    observed: Observed
+    optimizer: OptimizerView
+    now: float
+
+
+# --- actions ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordNote:
+    """Write run, prepared, note, close or reopen once per key."""
+
+    event: Event
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """Write an end exactly once."""
+
+    event: Done | Fail | Retry | Cancel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forget:
+    """The job's end is recorded: the second witness may go (a cluster sets the Job's TTL)."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptimizer:
+    """Build the optimizer in its worker and replay the ledger."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tell:
+    """Feed the optimizer what the ledger holds behind `told`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandon:
+    """A proposal that will not be opened."""
+
+    config_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kill:
+    """End a job now."""
+
+    job: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenStep:
+    """Record a decision."""
+
+    event: Open
+    config: Config | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreateJob:
+    """Start the present attempt of an open decision."""
+
+    kind: str
+    c: str
+    frm: int
+    to: int
+    attempt: int
+    decision: str
+    timeout_seconds: float
+    allow_restart: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """Ask the optimizer for at most n proposals; the answer is input of a later turn."""
+
+    n: int
+    budget: BudgetView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requeue:
+    """Take another turn after so many seconds, whatever happens."""
+
+    after: float
+
+
+Action = (
+    RecordNote
+    | Commit
+    | Forget
+    | LoadOptimizer
+    | Tell
+    | Abandon
+    | Kill
+    | OpenStep
+    | CreateJob
+    | Ask
+    | Requeue
+)
+
+
+class Phase(StrEnum):
+    """For people's eyes; no code branches on it."""
+
+    PENDING = "Pending"
+    PREPARING = "Preparing"
+    RUNNING = "Running"
+    DRAINING = "Draining"
+    SUSPENDED = "Suspended"
+    FINISHING = "Finishing"
+    COMPLETED = "Completed"
+    FAILED = "Failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Actions in order, the phase, and why nothing moves (`held`: reason and message) if so."""
+
+    actions: tuple[Action, ...]
+    phase: Phase
+    held: tuple[str, str] | None = None

@@ -1,0 +1,137 @@
+"""What the end of an attempt means for the ledger: a result, a retry, or the end of the decision.
+
+One pure function from (open entry, verdict, limits) to one event; the table of 30-kubernetes 5.3.
+Only facts about the configuration become `done` or `fail`; everything else is retried, charged and
+never told, until its own limit is reached.
+"""
+
+from __future__ import annotations
+
+from qtt_core.ledger.events import Cancel, Done, Fail, Retry
+from qtt_core.ledger.fold import OpenEntry
+from qtt_core.plan import Ending, JobEnd, Verdict
+from qtt_core.spec import RunSpec
+from qtt_core.steps import State
+
+UNCOUNTED = frozenset({"RunnerLost", "NodeLost", "Evicted", "Stopped", State.PREEMPTED.value})
+"""Ends that say nothing about the step: retried without limit."""
+
+BUG, BAD_MESSAGE = "bug", "badmessage"
+TIMEOUTS = (State.TIMEOUT.value, "DeadlineExceeded")
+STUCK_AFTER = 2
+"""Time-outs without progress before a configuration counts as infeasible."""
+
+OOM_KILLS = 2
+"""Host out-of-memory kills that are retried before the configuration counts as too large."""
+
+CORRUPT_LIMIT = 3
+"""Unreadable checkpoints: retry, then restart from zero, then give the configuration up."""
+
+
+def charged_seconds(end: JobEnd, spec: RunSpec) -> float:
+    """Device-seconds an attempt is charged: time held × devices × share (30-kubernetes 2.3)."""
+    return end.device_seconds * spec.trainer.devices * spec.gpu_share
+
+
+def settle(
+    entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec
+) -> Done | Fail | Retry | Cancel:
+    """The one event that records how an attempt ended."""
+    if verdict.kind is Ending.RESULT:
+        return _result(entry, verdict, end, spec)
+    if verdict.kind is Ending.BAD_JOB:
+        return _cancel(entry, verdict, end, spec, retire=True)
+    if verdict.kind is Ending.BAD_DATA:
+        return _cancel(entry, verdict, end, spec, retire=False)
+    if verdict.kind is Ending.BUG:
+        if _count(entry, BUG, BAD_MESSAGE) < spec.failure_policy.max_app_failures_per_config:
+            return _retry(entry, verdict, end, spec)
+        return _cancel(entry, verdict, end, spec, retire=True)
+    return _infra(entry, verdict, end, spec)
+
+
+def retry_delay(entry: OpenEntry) -> float:
+    """Seconds before the present attempt starts: 0 for a first or an uncounted one, then 1 … 60."""
+    counted = [reason for reason in entry.retries if reason not in UNCOUNTED]
+    if not counted or entry.retries[-1] in UNCOUNTED:
+        return 0.0
+    return float(min(60, 2 ** (len(counted) - 1)))
+
+
+def may_restart(entry: OpenEntry) -> bool:
+    """Whether the next attempt may begin at epoch 0: its checkpoint was unreadable twice."""
+    return _count(entry, State.CHECKPOINT_CORRUPT.value) >= CORRUPT_LIMIT - 1
+
+
+def _infra(entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec) -> Fail | Retry | Cancel:
+    reason = verdict.reason
+    if reason in UNCOUNTED:
+        return _retry(entry, verdict, end, spec)
+    if reason == "OOMKilled" and _count(entry, reason) >= OOM_KILLS:
+        return _fail(entry, State.OOM, end, spec, "killed for memory again and again")
+    if (
+        reason in TIMEOUTS
+        and _count(entry, *TIMEOUTS) + 1 >= STUCK_AFTER
+        and not _progressed(verdict)
+    ):
+        return _fail(entry, State.INFEASIBLE, end, spec, "ran out of time twice without finishing")
+    if reason == State.CHECKPOINT_CORRUPT.value and _count(entry, reason) + 1 >= CORRUPT_LIMIT:
+        return _cancel(entry, verdict, end, spec, retire=True)
+    if reason == State.WEIGHTS_CORRUPT.value and _count(entry, reason) >= 1:
+        return _cancel(entry, verdict, end, spec, retire=True)
+    counted = sum(1 for past in entry.retries if past not in UNCOUNTED)
+    if counted >= spec.failure_policy.max_infra_retries_per_step:
+        return _cancel(entry, verdict, end, spec, retire=False)
+    return _retry(entry, verdict, end, spec)
+
+
+def _result(entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec) -> Done | Fail:
+    result = verdict.result
+    assert result is not None  # by construction of RESULT
+    assert verdict.state is not None
+    charged = charged_seconds(end, spec)
+    if verdict.state in {State.OOM, State.INFEASIBLE}:
+        return Fail(
+            c=entry.c, to=entry.to, a=entry.attempt, state=verdict.state.value, dev=charged,
+            q=end.queue_seconds, mem=result.memory_mb, gpu=result.gpu, msg=result.reason[-300:],
+        )  # fmt: skip
+    trained = sum(seconds for _, _, seconds in verdict.scores)
+    return Done(
+        c=entry.c, to=entry.to, a=entry.attempt, state=verdict.state.value, epochs=verdict.scores,
+        dev=charged, ov=max(0.0, end.device_seconds - trained), q=end.queue_seconds,
+        mem=result.memory_mb, gpu=result.gpu, inert=result.inert, eb=result.effective_batch,
+        ck=result.checkpoint_sha256, bytes=result.checkpoint_bytes, msg=result.reason[-300:],
+    )  # fmt: skip
+
+
+def _fail(entry: OpenEntry, state: State, end: JobEnd, spec: RunSpec, why: str) -> Fail:
+    return Fail(
+        c=entry.c, to=entry.to, a=entry.attempt, state=state.value, msg=why,
+        dev=charged_seconds(end, spec), q=end.queue_seconds,
+    )  # fmt: skip
+
+
+def _retry(entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec) -> Retry:
+    return Retry(
+        c=entry.c, to=entry.to, a=entry.attempt + 1, reason=verdict.reason,
+        dev=charged_seconds(end, spec), q=end.queue_seconds, node=end.node,
+        msg=verdict.message[-300:],
+    )  # fmt: skip
+
+
+def _cancel(
+    entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec, *, retire: bool
+) -> Cancel:
+    return Cancel(
+        c=entry.c, to=entry.to, a=entry.attempt, reason=verdict.reason, retire=retire,
+        dev=charged_seconds(end, spec), q=end.queue_seconds, msg=verdict.message[-300:],
+    )  # fmt: skip
+
+
+def _progressed(verdict: Verdict) -> bool:
+    """Whether a timed-out attempt says that it moved forward."""
+    return verdict.result is not None and verdict.result.timing.get("progress", 0.0) > 0
+
+
+def _count(entry: OpenEntry, *reasons: str) -> int:
+    return sum(1 for past in entry.retries if past in reasons)

@@ -1,0 +1,381 @@
+"""The planner as tables: one input, the actions it must order, and those it must not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from qtt_core import plan as p
+from qtt_core.ledger.events import Close, Prepared, Run
+from qtt_core.ledger.fold import LedgerState, OpenEntry
+from qtt_core.planner import budget_view, decide, end_reason, step_timeout
+from qtt_core.spec import Budget, Dataset, FailurePolicy, Fidelity, RunSpec
+from qtt_core.steps import Proposal, State, StepResult, Why
+
+NOW = 1_000_000.0
+IDENTITY = p.Identity(
+    uid="u1", name="birds", seed=7, space_id="native", space_sha="s", spec_hash="h", version="0"
+)
+RUN = Run(name="birds", spec_hash="h", seed=7, algorithm="QuickTune", version="0", space_hash="s")
+PREPARED = Prepared(fingerprint="f", n_train=10, n_val=5, classes=2)
+READY = p.OptimizerView(loaded=True, told="5-0")
+
+
+def make_spec(**changes: Any) -> RunSpec:
+    base: dict[str, Any] = {
+        "dataset": Dataset(claim_name="d"),
+        "budget": Budget(max_steps=10),
+        "fidelity": Fidelity(max=10),
+        "parallelism": 2,
+    }
+    return RunSpec(**(base | changes))
+
+
+def make_ledger(**changes: Any) -> LedgerState:
+    base: dict[str, Any] = {
+        "last_id": "5-0",
+        "run": RUN,
+        "prepared": PREPARED,
+        "first_time": NOW - 100,
+    }
+    return LedgerState(**(base | changes))
+
+
+def make_input(
+    *,
+    spec: RunSpec | None = None,
+    ledger: LedgerState | None = None,
+    jobs: tuple[p.ObservedJob, ...] = (),
+    optimizer: p.OptimizerView = READY,
+    now: float = NOW,
+) -> p.PlannerInput:
+    return p.PlannerInput(
+        spec=spec or make_spec(),
+        identity=IDENTITY,
+        ledger=ledger or make_ledger(),
+        observed=p.Observed(jobs=jobs, synced_at=now),
+        optimizer=optimizer,
+        now=now,
+    )
+
+
+def entry(c: str, frm: int = 0, to: int = 1, **changes: Any) -> OpenEntry:
+    base: dict[str, Any] = {
+        "c": c, "frm": frm, "to": to, "attempt": 0, "decision": f"h{c}", "reserved": 5.0,
+        "opened_id": "4-0", "since": NOW - 10,
+    }  # fmt: skip
+    return OpenEntry(**(base | changes))
+
+
+def opened(*entries: OpenEntry) -> Mapping[str, OpenEntry]:
+    return {e.c: e for e in entries}
+
+
+def job(
+    c: str, to: int = 1, phase: p.JobPhase = p.JobPhase.RUNNING, **changes: Any
+) -> p.ObservedJob:
+    base: dict[str, Any] = {
+        "name": f"birds-c{c}-f{to}-a0", "kind": "step", "c": c, "to": to, "attempt": 0,
+        "phase": phase, "created_at": NOW - 9, "started_at": NOW - 8,
+    }  # fmt: skip
+    return p.ObservedJob(**(base | changes))
+
+
+def ended(c: str, to: int = 1, *, verdict: p.Verdict, seconds: float = 3.0) -> p.ObservedJob:
+    end = p.JobEnd(exit_code=0, device_seconds=seconds)
+    return replace(job(c, to, p.JobPhase.ENDED), end=end, verdict=verdict)
+
+
+def ok_verdict(*scores: tuple[int, float, float]) -> p.Verdict:
+    result = StepResult(attempt=0, nonce="n", state=State.OK)
+    return p.Verdict(
+        kind=p.Ending.RESULT, reason="ok", state=State.OK, result=result, scores=tuple(scores)
+    )
+
+
+def proposal(c: int, frm: int = 0, to: int = 1, seconds: float = 5.0) -> Proposal:
+    return Proposal(
+        config_id=c, config={"model": "m"}, fidelity_from=frm, fidelity_to=to,
+        expected_seconds=seconds, why=Why(rule="test"),
+    )  # fmt: skip
+
+
+def answered(*proposals: Proposal, finished: str | None = None) -> p.OptimizerView:
+    return replace(READY, answered=True, proposals=proposals, finished=finished)
+
+
+def kinds(plan: p.Plan) -> list[str]:
+    return [type(action).__name__ for action in plan.actions]
+
+
+def only(plan: p.Plan, kind: type[Any]) -> Any:
+    found = [action for action in plan.actions if isinstance(action, kind)]
+    assert len(found) == 1, plan.actions
+    return found[0]
+
+
+def test_a_new_run_is_recorded_before_anything_else() -> None:
+    plan = decide(make_input(ledger=LedgerState()))
+
+    note = only(plan, p.RecordNote)
+    assert (note.key, note.event.kind, note.event.seed) == ("run", "run", 7)
+    assert plan.phase is p.Phase.PENDING
+
+
+def test_prepare_is_opened_first_and_its_job_created_in_the_next_turn() -> None:
+    fresh = make_ledger(prepared=None)
+    first = decide(make_input(ledger=fresh, optimizer=p.OptimizerView()))
+
+    step = only(first, p.OpenStep)
+    assert (step.event.c, step.event.frm, step.event.to) == ("prepare", 0, 1)
+
+    waiting = replace(fresh, open=opened(entry("prepare")))
+    second = decide(make_input(ledger=waiting, optimizer=p.OptimizerView()))
+    create = only(second, p.CreateJob)
+    assert (create.kind, create.attempt, create.decision) == ("prepare", 0, "hprepare")
+
+
+def test_the_optimizer_is_loaded_once_prepared_and_asked_for_the_free_slots() -> None:
+    assert kinds(decide(make_input(optimizer=p.OptimizerView(told="0-0")))) == ["LoadOptimizer"]
+    assert kinds(decide(make_input(optimizer=p.OptimizerView(busy=True)))) == ["Requeue"]
+    plan = decide(make_input(ledger=make_ledger(open=opened(entry("3"))), jobs=(job("3"),)))
+    assert only(plan, p.Ask).n == 1
+
+
+def test_the_optimizer_is_told_what_happened_before_it_is_asked() -> None:
+    plan = decide(make_input(ledger=make_ledger(last_id="9-0")))
+
+    assert kinds(plan) == ["Tell", "Ask"]
+
+
+def test_an_open_entry_without_a_job_is_created_only_after_a_later_full_list() -> None:
+    ledger = make_ledger(open=opened(entry("3", since=NOW + 1)))
+    early = make_input(ledger=ledger)
+    assert "CreateJob" not in kinds(decide(early))
+
+    later = make_input(ledger=ledger, now=NOW + 2)
+    assert only(decide(later), p.CreateJob).c == "3"
+
+
+def test_an_end_is_committed_once_and_its_job_forgotten() -> None:
+    ledger = make_ledger(open=opened(entry("3")))
+    done = ended("3", verdict=ok_verdict((1, 0.5, 2.0)))
+    plan = decide(make_input(ledger=ledger, jobs=(done,)))
+
+    commit = only(plan, p.Commit)
+    assert (commit.event.kind, commit.event.epochs, commit.event.dev) == (
+        "done",
+        ((1, 0.5, 2.0),),
+        3.0,
+    )
+    assert commit.event.ov == pytest.approx(1.0)
+    assert kinds(plan) == ["Commit", "Forget"]
+
+
+def test_an_end_the_ledger_no_longer_waits_for_is_only_forgotten() -> None:
+    late = ended("3", verdict=ok_verdict((1, 0.5, 2.0)))
+    old_attempt = make_ledger(open=opened(entry("3", attempt=1)))
+
+    assert kinds(decide(make_input(jobs=(late,)))) == ["Forget"]
+    assert kinds(decide(make_input(ledger=old_attempt, jobs=(late,)))) == ["Forget"]
+
+
+def test_proposals_are_opened_up_to_the_slots_and_the_rest_given_back() -> None:
+    three = answered(proposal(1), proposal(2), proposal(3))
+    plan = decide(make_input(optimizer=three))
+
+    assert kinds(plan) == ["OpenStep", "OpenStep", "Abandon"]
+
+
+@pytest.mark.parametrize(
+    ("used", "span", "expected"),
+    [(0, (0, 9), 9), (7, (0, 9), 3), (9, (2, 9), 3), (10, (0, 1), None)],
+    ids=["fits", "cut to three", "cut to one", "nothing left"],
+)
+def test_max_steps_is_never_overshot(
+    used: int, span: tuple[int, int], expected: int | None
+) -> None:
+    frm, to = span
+    view = answered(proposal(1, frm, to, seconds=9.0))
+    plan = decide(make_input(ledger=make_ledger(steps=used), optimizer=view))
+
+    steps = [action.event for action in plan.actions if isinstance(action, p.OpenStep)]
+    if expected is None:
+        assert steps == []
+    else:
+        assert [step.to for step in steps] == [expected]
+        assert steps[0].res == pytest.approx(9.0 * (expected - frm) / (to - frm))
+
+
+def test_steps_of_several_epochs_are_cut_at_step_boundaries() -> None:
+    spec = make_spec(fidelity=Fidelity(max=10, step=3), budget=Budget(max_steps=2))
+    plan = decide(make_input(spec=spec, optimizer=answered(proposal(1, 0, 10))))
+
+    assert only(plan, p.OpenStep).event.to == 6
+
+
+def test_open_steps_and_their_reservations_count_against_the_budget() -> None:
+    spec = make_spec(budget=Budget(max_steps=10, max_gpu_seconds=20.0))
+    ledger = make_ledger(steps=3, charged_seconds=11.0, open=opened(entry("4", 2, 4)))
+    view = budget_view(make_input(spec=spec, ledger=ledger))
+
+    assert (view.spent_steps, view.total_steps) == (5, 10)
+    assert (view.spent_seconds, view.total_seconds) == (16.0, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("budget", "ledger", "reason"),
+    [
+        (Budget(max_steps=5), {"steps": 5}, "BudgetExhausted"),
+        (Budget(max_steps=5), {"steps": 4}, None),
+        (Budget(max_gpu_seconds=50.0), {"charged_seconds": 50.0}, "BudgetExhausted"),
+        (Budget(max_wallclock=99.0), {}, "BudgetExhausted"),
+        (Budget(max_wallclock=101.0), {}, None),
+        (Budget(max_steps=5), {"invalid_in_a_row": 3}, "TooManyFailedConfigs"),
+        (Budget(max_steps=5), {"bugs_in_a_row": 5}, "TooManyFailedConfigs"),
+    ],
+)
+def test_the_reason_for_an_end(budget: Budget, ledger: dict[str, Any], reason: str | None) -> None:
+    found = end_reason(make_input(spec=make_spec(budget=budget), ledger=make_ledger(**ledger)))
+
+    assert (found and found[0]) == reason
+
+
+def test_the_run_closes_only_when_nothing_is_open() -> None:
+    spent = make_ledger(steps=10, open=opened(entry("3")))
+    assert "RecordNote" not in kinds(decide(make_input(ledger=spent, jobs=(job("3"),))))
+
+    close = only(decide(make_input(ledger=make_ledger(steps=10))), p.RecordNote)
+    assert (close.event.kind, close.event.reason) == ("close", "BudgetExhausted")
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [("goal", "GoalReached"), ("gain", "GainExhausted"), ("exhausted", "SpaceExhausted"),
+     ("budget", "BudgetExhausted"), (None, "SpaceExhausted")],
+)  # fmt: skip
+def test_the_optimizers_last_word_closes_the_run(word: str | None, reason: str) -> None:
+    close = only(decide(make_input(optimizer=answered(finished=word))), p.RecordNote)
+
+    assert close.event.reason == reason
+
+
+def test_an_answer_older_than_the_last_result_is_asked_again() -> None:
+    stale = replace(answered(finished="exhausted"), answered=False)
+
+    assert kinds(decide(make_input(optimizer=stale))) == ["Ask"]
+
+
+def test_a_raised_budget_reopens_a_run_that_ended_by_budget_only() -> None:
+    by_budget = make_ledger(steps=5, closed=Close(id="5-0", reason="BudgetExhausted"))
+    assert only(decide(make_input(ledger=by_budget)), p.RecordNote).event.kind == "reopen"
+
+    by_goal = make_ledger(steps=5, closed=Close(id="5-0", reason="GoalReached"))
+    assert kinds(decide(make_input(ledger=by_goal))) == ["Requeue"]
+
+
+def test_suspend_drains_what_runs_and_opens_nothing() -> None:
+    spec = make_spec(suspend=True)
+    ledger = make_ledger(open=opened(entry("3")))
+    running = decide(make_input(spec=spec, ledger=ledger, jobs=(job("3"),)))
+    assert (kinds(running), running.phase) == (["Requeue"], p.Phase.DRAINING)
+
+    evicting = replace(spec, suspend_policy="Evict")
+    assert only(decide(make_input(spec=evicting, ledger=ledger, jobs=(job("3"),))), p.Kill)
+    quiet = decide(make_input(spec=spec, ledger=ledger))
+    assert (kinds(quiet), quiet.phase) == (["Requeue"], p.Phase.SUSPENDED)
+
+
+def test_stop_kills_what_runs_cancels_what_is_open_and_closes() -> None:
+    spec = make_spec(stop=True)
+    ledger = make_ledger(open=opened(entry("3")))
+    assert kinds(decide(make_input(spec=spec, ledger=ledger, jobs=(job("3"),))))[0] == "Kill"
+
+    cancel = only(decide(make_input(spec=spec, ledger=ledger)), p.Commit)
+    assert (cancel.event.kind, cancel.event.reason) == ("cancel", "Stopped")
+    close = only(decide(make_input(spec=spec)), p.RecordNote)
+    assert close.event.reason == "Stopped"
+
+
+def test_a_step_past_its_limit_is_killed_and_its_slot_waits() -> None:
+    spec = make_spec(failure_policy=FailurePolicy(step_timeout=60.0))
+    ledger = make_ledger(open=opened(entry("3")))
+    hung = job("3", started_at=NOW - 61)
+    plan = decide(make_input(spec=spec, ledger=ledger, jobs=(hung,)))
+
+    kill = only(plan, p.Kill)
+    assert (kill.job, kill.reason) == (hung.name, "DeadlineExceeded")
+    fine = job("3", started_at=NOW - 59)
+    assert "Kill" not in kinds(decide(make_input(spec=spec, ledger=ledger, jobs=(fine,))))
+
+
+def test_the_default_limit_follows_the_expected_seconds() -> None:
+    i = make_input()
+
+    assert step_timeout(i, "3", 1.0) == 900.0
+    assert step_timeout(i, "3", 200.0) == 2300.0
+
+
+def test_a_running_job_nobody_waits_for_is_killed() -> None:
+    stray = job("8")
+
+    kill = only(decide(make_input(jobs=(stray,))), p.Kill)
+    assert kill.job == stray.name
+
+
+@pytest.mark.parametrize(
+    ("retries", "waits"),
+    [((), 0.0), (("RunnerLost",), 0.0), (("infra_gpu",), 1.0), (("infra_gpu",) * 4, 8.0)],
+)
+def test_retries_wait_longer_each_time_unless_they_do_not_count(
+    retries: tuple[str, ...], waits: float
+) -> None:
+    ledger = make_ledger(open=opened(entry("3", retries=retries, since=NOW, attempt=len(retries))))
+    soon, later = make_input(ledger=ledger), make_input(ledger=ledger, now=NOW + waits)
+
+    assert ("CreateJob" in kinds(decide(soon))) == (waits == 0)
+    assert "CreateJob" in kinds(decide(later))
+
+
+def test_bad_data_ends_the_run_with_the_trainers_words() -> None:
+    ledger = make_ledger(prepared=None, open=opened(entry("prepare")))
+    verdict = p.Verdict(kind=p.Ending.BAD_DATA, reason="bad_data", message="class cat is empty")
+    job_end = replace(ended("prepare", verdict=verdict), kind="prepare")
+    plan = decide(make_input(ledger=ledger, jobs=(job_end,)))
+
+    close = only(plan, p.RecordNote)
+    assert (close.event.reason, close.event.msg) == ("BadData", "class cat is empty")
+    assert only(plan, p.Commit).event.kind == "cancel"
+
+
+def test_what_prepare_measured_is_recorded_and_the_manifests_values_win() -> None:
+    spec = make_spec(dataset=Dataset(claim_name="d", metafeatures={"num_classes": 3.0}))
+    facts = {
+        "fingerprint": "f", "n_train": 8, "n_val": 4, "classes": 2,
+        "metafeatures": {"num_classes": 2.0, "n_train": 8.0},
+    }  # fmt: skip
+    result = StepResult(attempt=0, nonce="n", state=State.OK, prepared=facts)
+    verdict = p.Verdict(kind=p.Ending.PREPARED, reason="ok", state=State.OK, result=result)
+    ledger = make_ledger(prepared=None, open=opened(entry("prepare")))
+    plan = decide(make_input(spec=spec, ledger=ledger, jobs=(ended("prepare", verdict=verdict),)))
+
+    event = only(plan, p.RecordNote).event
+    assert event.metafeatures == {"num_classes": 3.0, "n_train": 8.0}
+    assert (event.kind, event.dev) == ("prepared", 3.0)
+
+
+def test_nothing_is_asked_while_infrastructure_fails_step_after_step() -> None:
+    plan = decide(make_input(ledger=make_ledger(cancelled_in_a_row=3)))
+
+    assert kinds(plan) == ["Requeue"]
+    assert plan.held is not None
+    assert plan.held[0] == "InfraRetriesExhausted"
+
+
+def test_the_same_input_gives_the_same_plan() -> None:
+    i = make_input(optimizer=answered(proposal(1), proposal(2)))
+
+    assert decide(i) == decide(i)
