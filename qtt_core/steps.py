@@ -373,6 +373,26 @@ OptimizerEvent = Proposal | Observation | Abandon
 """What an optimizer is fed, in ledger order: proposals as opened, results, untold ends."""
 
 
+def event_to_json(event: OptimizerEvent) -> dict[str, Any]:
+    """One optimizer event as a JSON object with a single key that names its kind."""
+    if isinstance(event, Proposal):
+        return {"proposal": event.to_json()}
+    if isinstance(event, Observation):
+        return {"observation": event.to_json()}
+    return {"abandon": {"config_id": event.config_id, "retire": event.retire}}
+
+
+def event_from_json(raw: Mapping[str, Any]) -> OptimizerEvent:
+    """The inverse of `event_to_json`. Raises: MessageError for an unknown kind."""
+    if "proposal" in raw:
+        return Proposal.from_json(raw["proposal"])
+    if "observation" in raw:
+        return Observation.from_json(raw["observation"])
+    if "abandon" in raw:
+        return Abandon(**raw["abandon"])
+    raise MessageError(f"unknown optimizer event: {', '.join(sorted(raw)) or 'empty'}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSetup:
     """Everything an optimizer worker needs to build its optimizer; plain JSON."""

@@ -1,0 +1,99 @@
+"""What an epoch of a configuration costs: Bayesian linear regression on log-seconds.
+
+Read by the acquisition (price), by the deadline rule and as the reservation of a proposal. Works in
+log-seconds throughout: the public tool z-scored seconds, never inverted them and clipped at 1e-6
+(10-optimizer 11, defect 2).
+
+    X   (n, D)   encoded configurations          w ~ N(m, diag(v))   weights, prior m and v by column
+    y   (n,)     mean log-seconds of an epoch    y = X w + b + e,    e ~ N(0, NOISE)
+
+    cov = (diag(1/v) + X'X / NOISE)^-1           mean = cov (m/v + X'y / NOISE)     Bishop, PRML, 3.50-3.51
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from qtt_core.encoding import Array, Encoder
+from qtt_core.trials import Trial
+
+NOISE = 0.15**2
+"""Variance of log-seconds between equal configurations: other load, other nodes."""
+
+UNKNOWN_SECONDS = 5.0
+"""Seconds of an epoch before anything was measured; one observation moves it wherever it belongs."""
+
+# Column prefix -> (prior mean, prior deviation) of its weight. Model and batch size explain 91 % of
+# the variance of log-seconds in the published runs; a frozen backbone needs no backward pass.
+PRIORS: tuple[tuple[str, float, float], ...] = (
+    ("card:gmacs", 3.2, 1.5),  # seconds ~ GMAC^0.7; the column is log10(GMAC) / 2
+    ("card:params", 0.5, 1.0),
+    ("card:", 0.0, 0.3),
+    ("model", 0.0, 0.7),
+    ("batch_size", -0.1, 0.4),
+    ("derived:head_only", -0.6, 0.4),
+    ("pct_to_freeze", -0.2, 0.3),
+    ("data:", 0.0, 1e-6),  # constant within a run: the intercept's business
+    ("", 0.0, 0.2),
+)
+INTERCEPT_SD = 4.0
+"""From milliseconds to hours."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """A posterior over weights; immutable."""
+
+    encoder: Encoder
+    mean: Array
+    covariance: Array
+    startup_seconds: float
+    measured: int
+
+    def epoch_seconds(self, trials: Sequence[Trial], rows: Array) -> Array:
+        """Seconds of one further epoch of each trial, (n,): its own where it has run, else predicted."""
+        predicted = np.exp(np.clip(_with_intercept(rows) @ self.mean, -12, 16))
+        own = [median(trial.seconds) if trial.seconds else math.nan for trial in trials]
+        return np.where(np.isnan(own), predicted, np.maximum(own, 1e-6))
+
+    def deviation(self, rows: Array) -> Array:
+        """Deviation of the predicted log-seconds, (n,)."""
+        design = _with_intercept(rows)
+        variance = np.einsum("nd,de,ne->n", design, self.covariance, design) + NOISE
+        return np.sqrt(variance)
+
+
+def fit_cost(encoder: Encoder, trials: Sequence[Trial], overheads: Sequence[float]) -> CostModel:
+    """The posterior given every trial that has run; exact, so no order or step size matters."""
+    started = [trial for trial in trials if trial.seconds]
+    mean, precision = _prior(encoder)
+    design = _with_intercept(encoder([trial.config for trial in started]))
+    target = np.array([math.log(max(median(trial.seconds), 1e-6)) for trial in started])
+    inverse = np.linalg.inv(np.diag(precision) + design.T @ design / NOISE)
+    return CostModel(
+        encoder=encoder,
+        mean=inverse @ (precision * mean + design.T @ target / NOISE),
+        covariance=inverse,
+        startup_seconds=median(overheads) if overheads else 0.0,
+        measured=len(started),
+    )
+
+
+def _prior(encoder: Encoder) -> tuple[Array, Array]:
+    """Prior mean and precision of the weights, intercept last."""
+    rows = [
+        next((mean, sd) for prefix, mean, sd in PRIORS if name.startswith(prefix))
+        for name in encoder.columns
+    ]
+    rows.append((math.log(UNKNOWN_SECONDS), INTERCEPT_SD))
+    table = np.array(rows)
+    return table[:, 0], table[:, 1] ** -2
+
+
+def _with_intercept(rows: Array) -> Array:
+    return np.hstack([rows, np.ones((len(rows), 1))])

@@ -1,0 +1,208 @@
+"""The worker process and its client, for real: pipes, kills, gaps, replays."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qtt_core.errors import OptimizerError, SpecError, UnknownConfigurationError
+from qtt_core.hub import load_hub
+from qtt_core.steps import BudgetView, Observation, Options, OptimizerSetup, Outcome
+from qtt_operator.optimizer_pool import OptimizerClient
+
+EVERYTHING = BudgetView()
+
+
+def make_setup(algorithm="Random", **changes):
+    hub = load_hub("timm24")
+    return OptimizerSetup(
+        **{
+            "algorithm": algorithm,
+            "space": "native",
+            "hub": {"name": hub.name, "cards": [card.to_json() for card in hub.cards[-4:]]},
+            "max_fidelity": 5,
+            "step": 1,
+            "seed": 3,
+            "options": Options(pool_size=16),
+        }
+        | changes
+    )
+
+
+def finished(proposal, score=0.5):
+    count = proposal.fidelity_to - proposal.fidelity_from
+    return Observation(
+        config_id=proposal.config_id,
+        fidelity=proposal.fidelity_to,
+        outcome=Outcome.OK,
+        scores=(score,) * count,
+        seconds=(1.0,) * count,
+    )
+
+
+def run(scenario, **settings):
+    async def main():
+        client = OptimizerClient(**settings)
+        try:
+            return await scenario(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(main())
+
+
+def test_a_killed_worker_is_rebuilt_and_answers_as_before():
+    async def scenario(client):
+        await client.start()
+        await client.load(make_setup(), [])
+        first = (await client.ask(1, EVERYTHING)).proposals[0]
+        await client.tell([("1-0", first), ("2-0", finished(first))])
+        before = await client.ask(2, EVERYTHING)
+
+        os.kill(client._process.pid, signal.SIGKILL)
+        after = await client.ask(2, EVERYTHING)
+
+        assert after.proposals == before.proposals
+        assert after.position == before.position == "2-0"
+
+    run(scenario)
+
+
+def test_asking_twice_without_opening_gives_the_same_proposals():
+    """A decision rests on recorded events only: an ask that was never opened leaves no trace."""
+
+    async def scenario(client):
+        await client.load(make_setup(), [])
+        assert (await client.ask(3, EVERYTHING)).proposals == (
+            await client.ask(3, EVERYTHING)
+        ).proposals
+
+    run(scenario)
+
+
+def test_recommend_forecast_explain_and_describe_cross_the_pipe():
+    async def scenario(client):
+        setup = make_setup()
+        identity = await client.describe(setup)
+        await client.load(setup, [])
+        assert await client.recommend() is None
+        proposal = (await client.ask(1, EVERYTHING)).proposals[0]
+        await client.tell([("5-0", proposal), ("5-1", finished(proposal, 0.75))])
+
+        incumbent = await client.recommend()
+        forecast = await client.forecast(proposal.config_id)
+        text = await client.explain(proposal)
+
+        assert identity.space_id == "native"
+        assert len(identity.space_sha) == 64
+        assert (incumbent.config_id, incumbent.score) == (proposal.config_id, 0.75)
+        assert forecast.epochs == tuple(range(proposal.fidelity_to + 1, 6))
+        assert f"Configuration {proposal.config_id}" in text
+
+    run(scenario)
+
+
+def test_a_result_of_an_unknown_configuration_is_refused_and_the_session_lives_on():
+    async def scenario(client):
+        await client.load(make_setup(), [])
+        proposal = (await client.ask(1, EVERYTHING)).proposals[0]
+        stranger = Observation(config_id=999, fidelity=1, outcome=Outcome.OOM)
+        with pytest.raises(UnknownConfigurationError, match="999"):
+            await client.tell([("1-0", proposal), ("2-0", stranger)])
+
+        await client.tell([("1-0", proposal)])
+
+        assert (await client.ask(1, EVERYTHING)).position == "1-0"
+
+    run(scenario)
+
+
+def test_ids_that_do_not_grow_are_refused():
+    async def scenario(client):
+        await client.load(make_setup(), [])
+        proposal = (await client.ask(1, EVERYTHING)).proposals[0]
+        await client.tell([("10-0", proposal)])
+        with pytest.raises(OptimizerError, match="9-5"):
+            await client.tell([("9-5", finished(proposal))])
+
+    run(scenario)
+
+
+def test_a_gap_in_what_was_told_is_refused():
+    async def scenario(client):
+        await client.load(make_setup(), [])
+        proposal = (await client.ask(1, EVERYTHING)).proposals[0]
+        await client.tell([("3-0", proposal)])
+        client._events.append(("4-0", finished(proposal)))  # believed told, never sent
+        with pytest.raises(OptimizerError, match="3-0"):
+            await client.tell([("5-0", finished(proposal))])
+
+    run(scenario)
+
+
+def test_a_setup_that_cannot_be_built_names_the_user_s_fault():
+    async def scenario(client):
+        with pytest.raises(SpecError, match="0.123") as caught:
+            await client.load(make_setup(overrides={"lr": "0.123"}), [])
+        assert caught.value.faults
+
+    run(scenario)
+
+
+def test_a_worker_that_answers_nonsense_costs_three_strikes():
+    async def scenario(client):
+        with pytest.raises(OptimizerError, match="3 times"):
+            await client.describe(make_setup())
+
+    run(scenario, command=(sys.executable, "-c", "print('hello ' * 99, flush=True)"))
+
+
+def test_a_worker_that_hangs_is_killed_in_time_and_its_last_words_are_told():
+    program = "import sys, time; print('stuck', file=sys.stderr, flush=True); time.sleep(99)"
+
+    async def scenario(client):
+        with pytest.raises(OptimizerError, match="stuck"):
+            await client.describe(make_setup())
+
+    run(scenario, command=(sys.executable, "-c", program), timeout_seconds=0.1, startup_seconds=0.9)
+
+
+def test_a_worker_dies_with_its_parent():
+    program = """
+import asyncio, os, sys
+from qtt_operator.optimizer_pool import OptimizerClient
+async def main():
+    client = OptimizerClient()
+    await client.start()
+    print((await client._call("ping", {}, loaded=False))["pid"], flush=True)
+    os._exit(1)
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120
+    )
+    pid = int(done.stdout)
+    for _ in range(200):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        if state == "Z":
+            return
+        time.sleep(0.01)
+    pytest.fail(f"worker {pid} outlived its parent")
+
+
+def test_the_client_loads_neither_torch_nor_the_worker():
+    program = (
+        "import sys, qtt_operator.optimizer_pool;"
+        "print([m for m in ('torch', 'scipy', 'ConfigSpace', 'qtt_operator.optimizer_worker')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
