@@ -24,11 +24,13 @@ from qtt_trainer.data_errors import DecodeError
 from qtt_trainer.scan import raise_storage
 
 MAX_PIXELS = 100_000_000
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MODES = {1: "L", 3: "RGB"}
 
 Image.MAX_IMAGE_PIXELS = None
 """Our own limit is checked before any pixel is decoded; Pillow's would warn below it."""
+
+Image.init()  # registers every format now: doing it lazily from several threads is a race
 
 _ORIENTATION = 0x0112
 _TRANSPOSE = {

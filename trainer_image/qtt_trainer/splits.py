@@ -19,6 +19,7 @@ from qtt_trainer.scan import FoundSplit
 MAX_CORRUPT_SHARE = 0.01
 MAX_OVERLAP_SHARE = 0.01
 SHOWN = 5
+LINE_LIMIT, MESSAGE_LIMIT = 400, 850
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,10 +151,15 @@ def stratified(
 
 
 def raise_data_faults(faults: Sequence[str]) -> None:
-    """Raise one BadDataError that lists the faults (the first eight)."""
+    """Raise one BadDataError that lists the faults, as many as a termination message holds."""
     if not faults:
         return
-    shown = [fault if len(fault) <= 300 else fault[:299] + "…" for fault in faults[:8]]
+    shown: list[str] = []
+    for fault in faults:
+        line = fault if len(fault) <= LINE_LIMIT else fault[: LINE_LIMIT - 1] + "…"
+        if shown and sum(map(len, shown)) + len(line) > MESSAGE_LIMIT:
+            break
+        shown.append(line)
     if len(faults) > len(shown):
         shown.append(f"and {len(faults) - len(shown)} more faults")
     raise BadDataError("\n".join(shown))
@@ -217,7 +223,7 @@ def _samples(split: FoundSplit, labels: Mapping[str, int], broken: Collection[st
 
 
 def _examples(faults: Mapping[str, str], paths: Sequence[str]) -> str:
-    return "; ".join(f"{path}: {faults[path]}" for path in paths[:3])
+    return "; ".join(f"{path}: {faults[path]}" for path in paths[:2])
 
 
 def _some(names: Sequence[str]) -> str:
