@@ -126,8 +126,11 @@ def _wallclock_left(i: PlannerInput) -> float:
 
 
 def budget_view(i: PlannerInput) -> BudgetView:
-    """What the optimizer may still spend; wall clock counts as device-seconds of all workers."""
-    spent = i.ledger.charged_seconds + _reserved_seconds(i)
+    """Limits and what ended jobs have used; the optimizer itself counts what it has pending.
+
+    Wall clock counts as device-seconds of all workers.
+    """
+    spent = i.ledger.charged_seconds
     totals = []
     if i.spec.budget.max_gpu_seconds is not None:
         totals.append(i.spec.budget.max_gpu_seconds)
@@ -137,7 +140,7 @@ def budget_view(i: PlannerInput) -> BudgetView:
         total_seconds=min(totals) if totals else None,
         spent_seconds=spent,
         total_steps=i.spec.budget.max_steps,
-        spent_steps=i.ledger.steps + _open_steps(i),
+        spent_steps=i.ledger.steps,
         workers=max(1, _slots(i)),
     )
 

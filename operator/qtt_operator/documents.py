@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qtt_core.hub import Hub
 from qtt_core.jobs import Flags, JobDocument, Limits, Paths, Task
+from qtt_core.ledger.events import Prepared
 from qtt_core.ledger.fold import LedgerState
 from qtt_core.plan import CreateJob, Identity
 from qtt_core.spec import RunSpec
-from qtt_core.steps import Config, nonce, step_key
+from qtt_core.steps import Config, OptimizerSetup, Options, nonce, step_key
 
 GRACE_SHARE, GRACE_SECONDS = 0.1, 60.0
 """The trainer ends by itself this much before the back end would kill it: time to checkpoint."""
@@ -74,6 +76,58 @@ def job_document(
         max_fidelity=run.spec.fidelity.max,
         gc=gc,
     )
+
+
+def optimizer_setup(run: RunContents, ledger: LedgerState) -> OptimizerSetup:
+    """What the optimizer worker builds from: spec, hub and what `prepare` measured.
+
+    The goal travels as a score in [0, 1], like every score inside.
+    """
+    spec, settings = run.spec, run.spec.optimizer
+    goal = spec.objective.goal
+    options = Options(
+        pool_size=spec.search.pool_size,
+        initial_configs=tuple(dict(config) for config in spec.search.initial_configs),
+        goal=None if goal is None else spec.metric.to_score(goal),
+        min_gain_per_gpu_hour=spec.objective.min_gain_per_gpu_hour,
+        acquisition=settings.acquisition,
+        cost_aware=settings.cost_aware,
+        cost_factor=settings.cost_factor,
+        steps_per_job=spec.fidelity.steps_per_job,
+        refit=settings.refit,
+        **_given(
+            init_random=settings.init_random,
+            patience=settings.patience,
+            tolerance=settings.tolerance,
+        ),
+    )
+    prepared = ledger.prepared
+    return OptimizerSetup(
+        algorithm=settings.algorithm,
+        external=settings.name,
+        space=spec.search.space or run.identity.space_id,
+        hub=run.hub.to_json(),
+        max_fidelity=spec.fidelity.max,
+        step=spec.fidelity.step,
+        seed=run.identity.seed,
+        overrides=spec.search.overrides,
+        in_channels=spec.dataset.in_channels,
+        metafeatures=_facts(prepared) if prepared else {},
+        prior=spec.search.portfolio,
+        metric=spec.objective.metric,
+        options=options,
+    )
+
+
+def _facts(prepared: Prepared) -> dict[str, float]:
+    """Metafeatures with the counts the predictors need, whatever their source."""
+    counts = {"n_train": prepared.n_train, "n_val": prepared.n_val, "num_classes": prepared.classes}
+    return {name: float(value) for name, value in {**counts, **prepared.metafeatures}.items()}
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """Only what the manifest sets: the rest keeps the algorithm's default."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def evaluate_document(

@@ -36,8 +36,8 @@ APP_REASONS = frozenset({"bug", "badmessage", State.INTERNAL.value})
 """Reasons of `retry` and `cancel` that are faults of the trainer, not of the infrastructure."""
 
 DATA_REASONS = frozenset({State.BAD_DATA.value, State.DATASET_CHANGED.value})
-RETRY_TOKEN = "retry"
-"""A note that a person asked to go on after failures in a row (annotation, or the same command again)."""
+RETRY_NOTE = "retry"
+"""A note that a person asked to go on after failures in a row."""
 
 USER_REASONS = frozenset({"Stopped"})
 INVALID_REASONS = frozenset({State.INVALID_CONFIG.value, State.IDENTITY_MISMATCH.value})
@@ -82,6 +82,8 @@ class LedgerState:
     """Config id -> why it is closed: diverged, oom, infeasible, or a cancel's reason (retired)."""
     steps: int = 0
     """Committed steps of `fidelity.step` epochs, `fail` included as one."""
+    results: int = 0
+    """Jobs that ended with a result: `done` and `fail` events."""
     charged_seconds: float = 0.0
     overhead_seconds: float = 0.0
     queue_seconds: float = 0.0
@@ -132,7 +134,7 @@ class _Folder:
         self.step_keys = set(state.step_keys)
         self.retired = set(state.retired)
         self.failed = dict(state.failed)
-        self.steps = state.steps
+        self.steps, self.results = state.steps, state.results
         self.charged, self.overhead, self.queue = (
             state.charged_seconds, state.overhead_seconds, state.queue_seconds,
         )  # fmt: skip
@@ -161,10 +163,11 @@ class _Folder:
             last_id=self.last_id, epoch=self.epoch, run=self.run, prepared=self.prepared,
             weights=self.weights, closed=self.closed, open=self.open, heads=self.heads,
             step_keys=frozenset(self.step_keys), retired=frozenset(self.retired),
-            failed=self.failed, steps=self.steps, charged_seconds=self.charged,
-            overhead_seconds=self.overhead, queue_seconds=self.queue,
-            infra_retries=self.infra_retries, cancelled_in_a_row=self.cancelled,
-            invalid_in_a_row=self.invalid, bugs_in_a_row=self.bugs, notes=tuple(self.notes), last_end=self.last_end,
+            failed=self.failed, steps=self.steps, results=self.results,
+            charged_seconds=self.charged, overhead_seconds=self.overhead,
+            queue_seconds=self.queue, infra_retries=self.infra_retries,
+            cancelled_in_a_row=self.cancelled, invalid_in_a_row=self.invalid,
+            bugs_in_a_row=self.bugs, notes=tuple(self.notes), last_end=self.last_end,
             first_time=self.first_time,
         )  # fmt: skip
 
@@ -200,6 +203,7 @@ class _Folder:
             self.heads[c] = max(self.heads.get(c, 0), event.last_epoch)
         if event.state != State.OK:
             self.failed[c] = event.state
+        self.results += 1
         self.cancelled = self.invalid = self.bugs = 0
 
     def on_fail(self, event: Fail) -> None:
@@ -207,6 +211,7 @@ class _Folder:
         self.step_keys.add((event.c, event.to))
         self.steps += 1
         self.failed[event.c] = event.state
+        self.results += 1
         self.cancelled = self.invalid = self.bugs = 0
 
     def on_retry(self, event: Retry) -> None:
@@ -245,7 +250,7 @@ class _Folder:
     def on_note(self, event: Note) -> None:
         if event.what == EVALUATION:
             self._close_pseudo(event.id, event.c, event.to, event.a)
-        if event.what == RETRY_TOKEN:
+        if event.what == RETRY_NOTE:
             self.cancelled = self.invalid = self.bugs = 0  # a person has looked
         self.notes.append(event)
 

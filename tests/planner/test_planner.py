@@ -217,13 +217,26 @@ def test_steps_of_several_epochs_are_cut_at_step_boundaries() -> None:
     assert only(plan, p.OpenStep).event.to == 6
 
 
-def test_open_steps_and_their_reservations_count_against_the_budget() -> None:
-    spec = make_spec(budget=Budget(max_steps=10, max_gpu_seconds=20.0))
+def test_open_steps_and_their_reservations_count_against_admission() -> None:
+    seconds = make_spec(budget=Budget(max_gpu_seconds=20.0))
+    ledger = make_ledger(charged_seconds=16.0, open=opened(entry("4")))
+    steps = make_spec(budget=Budget(max_steps=4))
+    wide = make_ledger(steps=2, open=opened(entry("4", 2, 4)))
+
+    for spec, state in ((seconds, ledger), (steps, wide)):
+        view = answered(proposal(1))
+        plan = decide(make_input(spec=spec, ledger=state, jobs=(job("4", 1),), optimizer=view))
+        assert "OpenStep" not in kinds(plan)
+        assert "Ask" not in kinds(decide(make_input(spec=spec, ledger=state, jobs=(job("4"),))))
+
+
+def test_the_optimizer_sees_what_ended_jobs_used_and_wall_clock_as_device_seconds() -> None:
+    spec = make_spec(budget=Budget(max_steps=10, max_gpu_seconds=200.0, max_wallclock=150.0))
     ledger = make_ledger(steps=3, charged_seconds=11.0, open=opened(entry("4", 2, 4)))
     view = budget_view(make_input(spec=spec, ledger=ledger))
 
-    assert (view.spent_steps, view.total_steps) == (5, 10)
-    assert (view.spent_seconds, view.total_seconds) == (16.0, 20.0)
+    assert (view.spent_steps, view.total_steps) == (3, 10)
+    assert (view.spent_seconds, view.total_seconds) == (11.0, 111.0)  # 50 s left on 2 workers
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""The `.status` of a run, computed from what is known: bounded, rebuildable, for people. Pure.
+
+The same shape goes to a TuningRun's status on a cluster and to `status.yaml` on one machine.
+Scores are shown as the metric's own values (a log loss as a loss), as strings, never as floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from qtt_core import plan as p
+from qtt_core.history import ConfigHistory
+from qtt_core.ledger.fold import LedgerState
+from qtt_core.retention import ranked
+from qtt_core.spec import RunSpec
+from qtt_core.steps import Metric, Recommendation
+from qtt_operator.names import COMPLETE_REASONS, checkpoint_folder
+
+Condition = dict[str, Any]
+TOP = 5
+
+
+def build_status(
+    *,
+    spec: RunSpec,
+    identity: p.Identity,
+    ledger: LedgerState,
+    histories: Mapping[int, ConfigHistory],
+    observed: p.Observed,
+    phase: p.Phase,
+    held: tuple[str, str] | None,
+    recommendation: Recommendation | None,
+    now: float,
+    previous: Sequence[Condition] = (),
+) -> dict[str, Any]:
+    """The status as a JSON-able mapping; at most a few KiB at any number of steps."""
+    status: dict[str, Any] = {
+        "phase": phase.value,
+        "seed": identity.seed,
+        "epoch": ledger.epoch,
+        "conditions": _conditions(ledger, held, phase, now, previous),
+        "jobs": _jobs(ledger, observed),
+        "configs": {
+            "started": len(histories),
+            "stopped": sum(1 for h in histories.values() if h.standing.is_closed),
+            "failed": len(ledger.failed),
+        },
+        "consumed": {
+            "steps": ledger.steps,
+            "gpuSeconds": round(ledger.charged_seconds),
+            "overheadSeconds": round(ledger.overhead_seconds),
+            "queueSeconds": round(ledger.queue_seconds),
+        },
+        "top": [_trial(h, spec.metric) for h in ranked(histories)[:TOP]],
+        "specHash": identity.spec_hash[:12],
+    }
+    if ledger.first_time:
+        status["startTime"] = _time(ledger.first_time)
+    if ledger.last_end:
+        status["lastStepTime"] = _time(ledger.last_end)
+    if ledger.closed is not None:
+        status["completionTime"] = _time(ledger.closed.time)
+    if recommendation is not None:
+        status["best"] = _best(recommendation, histories, spec.metric)
+    return status
+
+
+def shown(score: float, metric: Metric) -> str:
+    """A score as the metric's own value, four digits."""
+    return f"{metric.to_value(score):.4f}"
+
+
+def _jobs(ledger: LedgerState, observed: p.Observed) -> dict[str, int]:
+    live = [job for job in observed.jobs if job.phase is not p.JobPhase.ENDED]
+    running = sum(1 for job in live if job.phase is p.JobPhase.RUNNING)
+    return {
+        "running": running,
+        "queued": len(live) - running,
+        "succeeded": ledger.results,
+        "failed": len(ledger.failed),
+        "infraRetries": ledger.infra_retries,
+    }
+
+
+def _trial(history: ConfigHistory, metric: Metric) -> dict[str, Any]:
+    best = history.best_score
+    epoch = history.best_epoch or 0
+    return {
+        "configID": history.config_id,
+        "model": str(history.config.get("model", "")),
+        "score": "" if best is None else shown(best, metric),
+        "fidelity": epoch,
+        "costSeconds": f"{history.trained_seconds:.1f}",
+    }
+
+
+def _best(
+    recommendation: Recommendation, histories: Mapping[int, ConfigHistory], metric: Metric
+) -> dict[str, Any]:
+    history = histories[recommendation.config_id]
+    return _trial(history, metric) | {
+        "score": shown(recommendation.score, metric),
+        "observedScore": shown(recommendation.best_observed.score, metric),
+        "fidelity": recommendation.fidelity,
+        "checkpoint": checkpoint_folder(str(history.config_id), history.checkpoint_epoch),
+        "time": _time(history.ended_at),
+    }
+
+
+def _conditions(
+    ledger: LedgerState,
+    held: tuple[str, str] | None,
+    phase: p.Phase,
+    now: float,
+    previous: Sequence[Condition],
+) -> list[Condition]:
+    """Positive polarity; Complete and Failed are exclusive; a time moves only with its status."""
+    wanted: list[tuple[str, bool, str, str]] = []
+    if ledger.run is not None:
+        bad_data = ledger.closed is not None and ledger.closed.reason == "BadData"
+        wanted.append(("Accepted", not bad_data, "BadData" if bad_data else "Valid", ""))
+    if ledger.closed is not None:
+        kind = "Complete" if ledger.closed.reason in COMPLETE_REASONS else "Failed"
+        wanted.append((kind, True, ledger.closed.reason, ledger.closed.msg))
+        wanted.append(("Progressing", False, ledger.closed.reason, ""))
+    elif phase in {p.Phase.SUSPENDED, p.Phase.DRAINING}:
+        reason = "Draining" if phase is p.Phase.DRAINING else "UserRequested"
+        wanted.append(("Suspended", phase is p.Phase.SUSPENDED, reason, ""))
+    elif held is not None:
+        wanted.append(("Progressing", False, *held))
+    else:
+        wanted.append(("Progressing", True, "StepsRunning", f"{len(ledger.open)} steps open"))
+    return _merged(wanted, now, previous)
+
+
+def _merged(
+    wanted: Sequence[tuple[str, bool, str, str]], now: float, previous: Sequence[Condition]
+) -> list[Condition]:
+    old = {condition["type"]: condition for condition in previous}
+    for kind, truth, reason, message in wanted:
+        status = str(truth)
+        same = kind in old and old[kind]["status"] == status
+        since = old[kind]["lastTransitionTime"] if same else _time(now)
+        old[kind] = {
+            "type": kind,
+            "status": status,
+            "reason": reason,
+            "message": message[:1024],
+            "lastTransitionTime": since,
+        }
+    return list(old.values())
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if seconds else ""
