@@ -1,0 +1,126 @@
+"""What an end means for the ledger: the table of retries, cancels and results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qtt_core.ledger.fold import OpenEntry
+from qtt_core.plan import Ending, JobEnd, Verdict
+from qtt_core.settle import may_restart, retry_delay, settle
+from qtt_core.spec import Budget, Dataset, FailurePolicy, RunSpec, Trainer
+from qtt_core.steps import State, StepResult
+
+SPEC = RunSpec(dataset=Dataset(claim_name="d"), budget=Budget(max_steps=1))
+END = JobEnd(exit_code=75, device_seconds=10.0, queue_seconds=2.0, node="n1")
+
+
+def entry(*retries: str) -> OpenEntry:
+    return OpenEntry(
+        c="4", frm=1, to=3, attempt=len(retries), decision="h", reserved=9.0, opened_id="1-0",
+        since=0.0, retries=retries,
+    )  # fmt: skip
+
+
+def infra(reason: str, **changes: Any) -> Verdict:
+    return Verdict(kind=Ending.INFRA, reason=reason, message="why", **changes)
+
+
+def result(state: State, *scores: tuple[int, float, float], **changes: Any) -> Verdict:
+    message = StepResult(attempt=0, nonce="n", state=state, memory_mb=7, **changes)
+    return Verdict(
+        kind=Ending.RESULT, reason=state.value, state=state, result=message, scores=scores
+    )
+
+
+@pytest.mark.parametrize(
+    ("verdict", "past", "kind", "retire"),
+    [
+        (result(State.OK, (2, 0.5, 3.0), (3, 0.6, 3.0)), (), "done", None),
+        (result(State.DIVERGED, (2, 0.5, 3.0)), (), "done", None),
+        (result(State.OOM), (), "fail", None),
+        (result(State.INFEASIBLE), (), "fail", None),
+        (Verdict(kind=Ending.BAD_JOB, reason="invalid_config"), (), "cancel", True),
+        (Verdict(kind=Ending.BAD_DATA, reason="bad_data"), (), "cancel", False),
+        (Verdict(kind=Ending.BUG, reason="bug"), (), "retry", None),
+        (Verdict(kind=Ending.BUG, reason="bug"), ("bug",), "cancel", True),
+        (Verdict(kind=Ending.BUG, reason="badmessage"), ("bug",), "cancel", True),
+        (Verdict(kind=Ending.BUG, reason="bug"), ("preempted",) * 9, "retry", None),
+        (infra("preempted"), ("preempted",) * 50, "retry", None),
+        (infra("RunnerLost"), ("RunnerLost",) * 50, "retry", None),
+        (infra("infra_gpu"), ("infra_gpu",) * 5, "retry", None),
+        (infra("infra_gpu"), ("infra_gpu",) * 6, "cancel", False),
+        (infra("infra_gpu"), ("preempted",) * 6, "retry", None),
+        (infra("timeout"), (), "retry", None),
+        (infra("timeout"), ("DeadlineExceeded",), "fail", None),
+        (infra("OOMKilled"), ("OOMKilled",), "retry", None),
+        (infra("OOMKilled"), ("OOMKilled",) * 2, "fail", None),
+        (infra("weights_corrupt"), ("weights_corrupt",), "cancel", True),
+        (infra("checkpoint_corrupt"), ("checkpoint_corrupt",), "retry", None),
+        (infra("checkpoint_corrupt"), ("checkpoint_corrupt",) * 2, "cancel", True),
+    ],
+)
+def test_the_event_that_records_an_end(
+    verdict: Verdict, past: tuple[str, ...], kind: str, retire: bool | None
+) -> None:
+    event = settle(entry(*past), verdict, END, SPEC)
+
+    assert event.kind == kind
+    assert (event.c, event.to, event.dev, event.q) == ("4", 3, 10.0, 2.0)
+    assert getattr(event, "retire", None) == retire
+    assert event.a == len(past) + (kind == "retry")
+
+
+def test_a_time_out_that_made_progress_is_retried_for_ever() -> None:
+    progress = StepResult(attempt=1, nonce="n", state=State.TIMEOUT, timing={"progress": 12.0})
+
+    event = settle(entry("timeout", "timeout"), infra("timeout", result=progress), END, SPEC)
+
+    assert event.kind == "retry"
+
+
+def test_overhead_is_what_was_held_but_not_trained() -> None:
+    event = settle(entry(), result(State.OK, (2, 0.5, 3.0), (3, 0.6, 4.0)), END, SPEC)
+
+    assert event.kind == "done"
+    assert event.ov == pytest.approx(3.0)
+
+
+def test_the_charge_counts_devices_and_share() -> None:
+    spec = RunSpec(
+        dataset=Dataset(claim_name="d"), budget=Budget(max_steps=1),
+        trainer=Trainer(custom=True, devices=4), gpu_share=0.5,
+    )  # fmt: skip
+
+    assert settle(entry(), infra("infra_gpu"), END, spec).dev == pytest.approx(20.0)
+
+
+def test_the_limits_are_the_manifests() -> None:
+    policy = FailurePolicy(max_app_failures_per_config=0, max_infra_retries_per_step=0)
+    spec = RunSpec(
+        dataset=Dataset(claim_name="d"), budget=Budget(max_steps=1), failure_policy=policy
+    )
+
+    bug = Verdict(kind=Ending.BUG, reason="bug")
+    assert settle(entry(), bug, END, spec).kind == "cancel"
+    assert settle(entry(), infra("infra_gpu"), END, spec).kind == "cancel"
+
+
+@pytest.mark.parametrize(
+    ("past", "seconds"),
+    [
+        ((), 0),
+        (("Killed",), 1),
+        (("Killed",) * 3, 4),
+        (("Killed",) * 20, 60),
+        (("Killed", "preempted"), 0),
+    ],
+)
+def test_delays_double_up_to_a_minute(past: tuple[str, ...], seconds: float) -> None:
+    assert retry_delay(entry(*past)) == seconds
+
+
+def test_a_restart_from_zero_is_allowed_after_two_unreadable_checkpoints() -> None:
+    assert not may_restart(entry("checkpoint_corrupt"))
+    assert may_restart(entry("checkpoint_corrupt", "checkpoint_corrupt"))
