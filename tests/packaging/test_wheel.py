@@ -1,4 +1,4 @@
-"""The wheel is what users get: everything the checkout has must be in it, and it must work without the checkout."""
+"""The wheel is what users get: it holds all that the checkout has, and works without it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = {
 
 IMPORT_ALL = """
 import importlib, json, pathlib, pkgutil, sys, warnings
-warnings.simplefilter("ignore")          # other libraries' at import; our own are errors in the suite
+warnings.simplefilter("ignore")          # those of other libraries, at import
 place = {}
 for name in json.loads(sys.argv[1]):
     package = importlib.import_module(name)
@@ -69,12 +69,17 @@ def in_wheel(installed: Path, elsewhere: Path, *command: str) -> subprocess.Comp
     """Run Python on the wheel, from a folder that is not the checkout."""
     env = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-P", *command], cwd=elsewhere, env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-P", *command],
+        cwd=elsewhere,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
 def test_the_wheel_holds_every_file_of_the_packages(root, wheel):
-    """Data, Lua scripts, weights and py.typed included; a git-ignored data file would be dropped."""
+    """Data, scripts, weights and py.typed too; a git-ignored file would be dropped."""
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
     assert held == files_of(root)
@@ -88,11 +93,15 @@ def test_the_wheel_carries_licence_scripts_and_version(wheel):
     scripts = archive.read(info["entry_points.txt"]).decode()
 
     assert "LICENSE" in info
-    assert re.findall(r"^(\S+) = ", scripts, re.MULTILINE) == ["kubectl-qtt", "qtt", "qtt-train-step"]
+    assert re.findall(r"^(\S+) = ", scripts, re.MULTILINE) == [
+        "kubectl-qtt",
+        "qtt",
+        "qtt-train-step",
+    ]
 
 
 def test_every_module_of_the_wheel_imports_from_the_wheel(installed, tmp_path):
-    """`-P` and another folder: nothing may come from the checkout, where the tests would find it."""
+    """`-P` and another folder: nothing may come from the checkout."""
     ended = in_wheel(installed, tmp_path, "-c", IMPORT_ALL, json.dumps(list(PACKAGES)))
 
     assert ended.returncode == 0, ended.stderr
@@ -104,7 +113,9 @@ def test_every_module_of_the_wheel_imports_from_the_wheel(installed, tmp_path):
 def files_of_modules(installed: Path) -> list[Path]:
     """Importable modules of the wheel, `__main__` left out."""
     folders = (installed / package for package in PACKAGES)
-    return [path for folder in folders for path in folder.rglob("*.py") if path.name != "__main__.py"]
+    return [
+        path for folder in folders for path in folder.rglob("*.py") if path.name != "__main__.py"
+    ]
 
 
 @pytest.mark.parametrize("module", ["qtt_operator", "qtt_trainer"])
@@ -117,8 +128,24 @@ def test_the_command_lines_of_the_wheel_answer(module, installed, tmp_path):
 
 def test_tests_of_the_core_pass_on_the_wheel(root, installed, tmp_path):
     """`-o pythonpath=`: otherwise pytest itself would put the checkout first."""
-    command = ["-m", "pytest", "-q", "-o", "pythonpath=", "-p", "no:cacheprovider", "--rootdir", str(root)]
-    where = [str(root / "tests" / "core"), "-k", "hub or manifest or spec", "-c", str(root / "pyproject.toml")]
+    command = [
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "pythonpath=",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(root),
+    ]
+    where = [
+        str(root / "tests" / "core"),
+        "-k",
+        "hub or manifest or spec",
+        "-c",
+        str(root / "pyproject.toml"),
+    ]
 
     ended = in_wheel(installed, tmp_path, *command, *where)
 
