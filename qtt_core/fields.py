@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 DECIMAL = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(h|ms|m|s|us|µs|ns)")
+_INT32 = 2**31 - 1
 _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 
 
@@ -163,7 +164,7 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, str) or not DECIMAL.fullmatch(value) or len(value) > 32:
-            self.fault(name, value, 'use a quoted decimal such as "0.93"')
+            self.fault(name, value, _quoted(value))
             return None
         number = float(value)
         if (
@@ -250,7 +251,15 @@ def raise_faults(faults: Sequence[Fault]) -> None:
         raise SpecError(faults)
 
 
+def _quoted(value: object) -> str:
+    """What to write instead of a bare number: API conventions want decimals as strings."""
+    bare = isinstance(value, int | float) and not isinstance(value, bool)
+    return f'quote it: "{value}"' if bare else 'use a quoted decimal such as "0.93"'
+
+
 def _range(low: float | None, high: float | None) -> str:
+    if high is not None and high >= _INT32:  # a type's limit tells nobody anything
+        high = None
     if low is not None and high is not None:
         return f" from {low} to {high}"
     if low is not None:

@@ -1,203 +1,80 @@
 """The TuningRun manifest: parsed, defaulted and checked in one place, for every consumer.
 
 `parse_manifest` turns YAML's mapping into `TuningRun`; the rules are those of the CRD's schema and
-CEL expressions (30-kubernetes 1.2, 1.3), so that `qtt lint`, a local run and an old API server agree.
+CEL expressions (30-kubernetes 1.2, 1.3), so that `qtt lint`, a local run and an old API server
+agree. Types live in `spec_types`, sections in `spec_fields`, rules between them in `spec_rules`;
+import all public names from here. This module must import neither ConfigSpace, SciPy nor torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qtt_core.errors import Fault
-from qtt_core.steps import Metric
+from qtt_core import spec_rules
+from qtt_core.errors import ABSENT, Fault, SpecError
+from qtt_core.fields import Fields, raise_faults
+from qtt_core.spec_defaults import with_defaults
+from qtt_core.spec_fields import ALGORITHMS, read_spec
+from qtt_core.spec_types import (
+    Budget,
+    Checkpoint,
+    Dataset,
+    FailurePolicy,
+    Fidelity,
+    ModelLimits,
+    Objective,
+    Optimizer,
+    Reference,
+    RunSpec,
+    Search,
+    Trainer,
+    TuningRun,
+    Weights,
+)
+from qtt_core.steps import digest
+
+__all__ = [
+    "ALGORITHMS",
+    "API_VERSION",
+    "KIND",
+    "Budget",
+    "Checkpoint",
+    "Dataset",
+    "FailurePolicy",
+    "Fidelity",
+    "ModelLimits",
+    "Objective",
+    "Optimizer",
+    "Reference",
+    "RunSpec",
+    "Search",
+    "Trainer",
+    "TuningRun",
+    "Weights",
+    "changed_immutable_fields",
+    "check_spec",
+    "cluster_only_fields",
+    "immutable_digest",
+    "parse_manifest",
+]
 
 API_VERSION, KIND = "quicktune.dev/v1alpha1", "TuningRun"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dataset:
-    """Where the images are and how they are split."""
-
-    claim_name: str
-    path: str = ""
-    format: str = "ImageFolder"
-    train_split: str = "train"
-    val_split: str = "val"
-    test_split: str = "test"
-    auto_split: float | None = None
-    num_classes: int | None = None
-    image_size: int | None = None
-    in_channels: int = 3
-    metafeatures: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelLimits:
-    """Which cards of the hub are kept."""
-
-    max_params: int | None = None
-    max_gmacs: float | None = None
-    licences: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
-    """A key of a ConfigMap (cluster) or a file beside the manifest (local)."""
-
-    name: str
-    key: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Search:
-    """Space, hub and pool."""
-
-    space: str | None = "native"
-    config_space_ref: Reference | None = None
-    portfolio: str = "Auto"
-    hub: str = "timm24"
-    hub_ref: Reference | None = None
-    models: tuple[str, ...] = ()
-    model_limits: ModelLimits = ModelLimits()
-    pool_size: int = 512
-    initial_configs: tuple[Mapping[str, str], ...] = ()
-    overrides: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Objective:
-    """`goal` and `min_gain_per_gpu_hour` are in the metric's native unit."""
-
-    metric: str = "top1"
-    direction: str | None = None
-    goal: float | None = None
-    min_gain_per_gpu_hour: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fidelity:
-    """Epochs: T = `max`, Δ = `step`; `steps_per_job` None = Auto."""
-
-    max: int = 50
-    step: int = 1
-    steps_per_job: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Optimizer:
-    """Algorithm and its switches; `timeout` in seconds."""
-
-    algorithm: str = "QuickTune"
-    name: str | None = None
-    acquisition: str = "EI"
-    cost_aware: bool = True
-    cost_factor: float | None = None
-    init_random: int | None = None
-    patience: int | None = None
-    tolerance: float | None = None
-    refit: str = "Auto"
-    seed: int | None = None
-    timeout: float = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """At least one is set; seconds of device time and of wall clock."""
-
-    max_steps: int | None = None
-    max_gpu_seconds: float | None = None
-    max_wallclock: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trainer:
-    """A trainer of the user's own, and devices a step."""
-
-    custom: bool = False
-    devices: int = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
-    """Claim of pretrained weights; `fetch` is Auto, Never or None (the install's default)."""
-
-    claim_name: str | None = None
-    fetch: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """Where checkpoints live and which are kept."""
-
-    claim_name: str | None = None
-    sub_path: str = ""
-    volume_claim_template: Mapping[str, Any] | None = None
-    scope: str = "Run"
-    max_volumes: int | None = None
-    retention: str = "Incumbent"
-    top_k: int = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FailurePolicy:
-    """Limits of retries; durations in seconds, None = derived (30-kubernetes 1.3)."""
-
-    max_app_failures_per_config: int = 1
-    max_infra_retries_per_step: int = 6
-    max_failed_configs: int | None = None
-    on_oom: str = "FailConfig"
-    step_timeout: float | None = None
-    pending_timeout: float = 1800.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSpec:
-    """`spec` of a TuningRun, defaulted."""
-
-    dataset: Dataset
-    budget: Budget
-    suspend: bool = False
-    suspend_policy: str = "Drain"
-    stop: bool = False
-    parallelism: int = 1
-    search: Search = Search()
-    objective: Objective = Objective()
-    fidelity: Fidelity = Fidelity()
-    optimizer: Optimizer = Optimizer()
-    trainer: Trainer = Trainer()
-    weights: Weights = Weights()
-    checkpoint: Checkpoint | None = None
-    failure_policy: FailurePolicy = FailurePolicy()
-    gpu_share: float = 1.0
-    queue_name: str | None = None
-    workload_priority_class: str | None = None
-    template: Mapping[str, Any] = field(default_factory=dict)
-    deletion_policy: str = "Retain"
-    ttl_seconds_after_finished: int | None = None
-
-    @property
-    def metric(self) -> Metric:
-        """The objective's metric, or one in [0, 1] for a custom trainer's own name."""
-        raise NotImplementedError
-
-    @property
-    def max_failed_configs(self) -> int:
-        """Half of the pool, at least 10, where the manifest is silent."""
-        return self.failure_policy.max_failed_configs or max(10, self.search.pool_size // 2)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TuningRun:
-    """A parsed manifest: name, namespace, labels/annotations, spec, and the spec as it was normalised."""
-
-    name: str
-    namespace: str
-    spec: RunSpec
-    raw_spec: Mapping[str, Any]
-    """The spec with defaults filled in, manifest names and JSON types (what the ledger records)."""
-    annotations: Mapping[str, str] = field(default_factory=dict)
+_OBJECT_META = (
+    "creationTimestamp",
+    "deletionGracePeriodSeconds",
+    "deletionTimestamp",
+    "finalizers",
+    "generateName",
+    "generation",
+    "managedFields",
+    "ownerReferences",
+    "resourceVersion",
+    "selfLink",
+    "uid",
+)
+"""Fields of an object fetched from a server: accepted, not read."""
 
 
 def parse_manifest(raw: object) -> TuningRun:
@@ -205,24 +82,115 @@ def parse_manifest(raw: object) -> TuningRun:
 
     Raises: SpecError with *every* fault: field path, value, remedy. Unknown fields are faults.
     """
-    raise NotImplementedError
+    faults: list[Fault] = []
+    if not isinstance(raw, Mapping):
+        raise SpecError([Fault("manifest", raw, f"use a mapping: a manifest of kind {KIND}")])
+    top = Fields(raw, "", faults)
+    _check_kind(top)
+    name, namespace, annotations = _metadata(top.child("metadata", required=True))
+    given = top.raw("spec")
+    raw_spec = with_defaults(given) if isinstance(given, Mapping) else {}
+    if given is None:
+        faults.append(Fault("spec", ABSENT, "is required"))
+        raise_faults(faults)
+    spec = read_spec(Fields(raw_spec if isinstance(given, Mapping) else given, "spec", faults))
+    wrong = {fault.field for fault in faults}  # their values are defaults now: not judged again
+    faults.extend(f for f in spec_rules.cross_rules(spec) if f.field not in wrong)
+    faults.extend(_not_json(raw_spec, "spec"))
+    top.raw("status")
+    top.refuse_unknown()
+    raise_faults(faults)
+    return TuningRun(
+        name=name,
+        namespace=namespace,
+        spec=spec,
+        raw_spec=raw_spec,
+        annotations=annotations,
+        given=frozenset(_paths(raw, "")),
+    )
 
 
 def check_spec(run: TuningRun) -> list[Fault]:
     """Advice that is no error (fields without effect for this algorithm, very long runs, …)."""
-    raise NotImplementedError
+    return list(spec_rules.advice(run))
 
 
 def cluster_only_fields(run: TuningRun) -> list[str]:
     """Paths of fields the manifest sets that act on a cluster only (for the note of `qtt run`)."""
-    raise NotImplementedError
+    return spec_rules.cluster_only(run)
 
 
 def immutable_digest(raw_spec: Mapping[str, Any]) -> str:
     """SHA-256 of the fields that may not change once a run has started."""
-    raise NotImplementedError
+    return digest(spec_rules.immutable_part(raw_spec))
 
 
 def changed_immutable_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Paths (`spec.search.hub`) of immutable fields that differ between two normalised specs."""
-    raise NotImplementedError
+    """Paths (`spec.search.hub`) of immutable fields that differ between two normalised specs.
+
+    `spec.stop` is among them when a stop would be undone.
+    """
+    before, after = spec_rules.immutable_part(old), spec_rules.immutable_part(new)
+    changed = list(spec_rules.differences(before, after, "spec"))
+    if old.get("stop") and not new.get("stop"):
+        changed.append("spec.stop")
+    return changed
+
+
+def _check_kind(top: Fields) -> None:
+    for name, right in (("apiVersion", API_VERSION), ("kind", KIND)):
+        value = top.raw(name)
+        if value != right:
+            top.fault(name, ABSENT if value is None else value, f"use {right}")
+
+
+def _metadata(fields: Fields) -> tuple[str, str, dict[str, str]]:
+    """Name, namespace, annotations; run names are short because Job names are built from them."""
+    hint = "use at most 40 lower-case letters, digits and dashes; start with a letter (RFC 1035)"
+    name = fields.text(
+        "name", required=True, pattern=r"[a-z]([-a-z0-9]*[a-z0-9])?", longest=40, hint=hint
+    )
+    namespace = fields.text(
+        "namespace",
+        "default",
+        pattern=r"[a-z0-9]([-a-z0-9]*[a-z0-9])?",
+        longest=63,
+        hint="use lower-case letters, digits and dashes",
+    )
+    texts: dict[str, dict[str, str]] = {}
+    for kind in ("labels", "annotations"):
+        values = fields.mapping(kind, longest=256)
+        for key, value in values.items():
+            if not isinstance(value, str):
+                fields.fault(f"{kind}.{key}", value, "quote the value")
+        texts[kind] = {key: value for key, value in values.items() if isinstance(value, str)}
+    for other in _OBJECT_META:
+        fields.raw(other)
+    fields.refuse_unknown()
+    return name, namespace, texts["annotations"]
+
+
+def _not_json(value: object, path: str) -> Iterator[Fault]:
+    """What JSON cannot carry: YAML dates, sets, infinities, keys that are no text."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                yield Fault(f"{path}.{key}", key, "quote the key")
+            yield from _not_json(item, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _not_json(item, f"{path}[{i}]")
+    elif isinstance(value, float) and not -float("inf") < value < float("inf"):
+        yield Fault(path, value, "use a finite number")
+    elif value is not None and not isinstance(value, str | int | float | bool):
+        yield Fault(path, value, "quote the value")
+
+
+def _paths(value: object, path: str) -> Iterator[str]:
+    """Every dotted path of a manifest that holds something; lists and templates are leaves."""
+    if path:
+        yield path
+    if isinstance(value, Mapping) and path != "spec.template":
+        for key, item in value.items():
+            if item is not None:
+                yield from _paths(item, f"{path}.{key}" if path else str(key))
