@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import resource
+import json
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
+from typing import Any
 
 import psutil
 
@@ -17,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "benchmarks" / "out"
 QTT = str(Path(sys.executable).with_name("qtt"))
 MANIFEST = ROOT / "examples" / "digits" / "tuningrun.yaml"
+PREPARE = ROOT / "examples" / "digits" / "prepare.py"
 DIGITS = ROOT / "examples" / "digits" / "digits"
 
 SAMPLE_SECONDS = 0.25
@@ -24,13 +27,15 @@ SAMPLE_SECONDS = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What a command took. `peak_bytes`: the largest sum of PSS over the tree at one moment."""
+    """What a command took. `peak_bytes`: the largest sum of PSS over the tree at one moment.
+
+    `cpu_seconds` are those of the command and of every descendant that was waited for.
+    """
 
     exit_code: int
     wall_seconds: float
     cpu_seconds: float
     peak_bytes: int
-    processes: int
     output: str
 
 
@@ -40,10 +45,9 @@ def watch(
     """Run a command to its end; its output is kept and not shown.
 
     PSS counts a page shared by n processes as 1/n in each: the forks of a warm trainer share torch,
-    and a sum of resident sizes would count it once per fork. CPU seconds are those of all
-    descendants that were waited for.
+    and a sum of resident sizes would count it once per fork.
     """
-    before, begun = _cpu_of_children(), monotonic()
+    begun = monotonic()
     process = subprocess.Popen(
         command, cwd=cwd, env=env, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -51,29 +55,50 @@ def watch(
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
     reader.start()
-    peak, most = 0, 0
-    while process.poll() is None:
-        used, count = _memory_of_tree(process.pid)
-        peak, most = max(peak, used), max(most, count)
-        try:
-            process.wait(SAMPLE_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue
+    peak = 0
+    while True:
+        ended, status, used = os.wait4(process.pid, os.WNOHANG)
+        if ended:
+            break
+        peak = max(peak, _memory_of_tree(process.pid))
+        sleep(SAMPLE_SECONDS)
+    process.returncode = os.waitstatus_to_exitcode(status)  # reaped here, not by Popen
     wall = monotonic() - begun
     reader.join(timeout=10)
     return Usage(
-        exit_code=process.returncode, wall_seconds=wall, cpu_seconds=_cpu_of_children() - before,
-        peak_bytes=peak, processes=most, output="".join(lines),
+        exit_code=process.returncode, wall_seconds=wall, peak_bytes=peak,
+        cpu_seconds=used.ru_utime + used.ru_stime, output="".join(lines),
     )  # fmt: skip
 
 
-def _memory_of_tree(pid: int) -> tuple[int, int]:
+def qtt_json(*arguments: str) -> Any:
+    """What `qtt … -o json` prints."""
+    command = [QTT, *arguments, "-o", "json"]
+    return json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout)
+
+
+def ledger_of(run: str, state_dir: Path) -> list[dict[str, Any]]:
+    """The events of a run, oldest first, as `qtt ledger export` writes them."""
+    command = [QTT, "ledger", "export", run, "-", "--state-dir", str(state_dir)]
+    text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def must_succeed(usage: Usage, what: str) -> Usage:
+    """The usage, or the end of the command's output and exit 1."""
+    if usage.exit_code:
+        print(usage.output[-3000:], file=sys.stderr)
+        sys.exit(f"{what} ended with exit code {usage.exit_code}")
+    return usage
+
+
+def _memory_of_tree(pid: int) -> int:
     try:
         root = psutil.Process(pid)
         tree = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
-        return 0, 0
-    return sum(_pss(process) for process in tree), len(tree)
+        return 0
+    return sum(_pss(process) for process in tree)
 
 
 def _pss(process: psutil.Process) -> int:
@@ -83,8 +108,3 @@ def _pss(process: psutil.Process) -> int:
     except psutil.Error:
         return 0
     return int(getattr(full, "pss", full.rss))
-
-
-def _cpu_of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
