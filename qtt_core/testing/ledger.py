@@ -251,7 +251,7 @@ def _pseudo(event: Event) -> tuple[str, int, int] | None:
 
 
 def _ms(seconds: float) -> int:
-    return round(seconds * 1000)
+    return int(seconds * 1000 + 0.5)  # as the scripts round
 
 
 def _order(stream_id: str) -> tuple[int, int]:

@@ -1,0 +1,188 @@
+"""Connections to Redis: made with timeouts, checked, and with every error put into our own words.
+
+Below `redis_ledger` and `store`; knows no events and no runs. What the client raises is turned into
+`StoreUnavailableError` (a retry helps) or `StoreError` (a person must look) here and nowhere else;
+messages name the address and never a password.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis.exceptions as failures
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from qtt_core.errors import Fault, SpecError, StoreError, StoreUnavailableError
+
+EPOCH_KEY, RUNS_KEY = "qtt:epoch", "qtt:runs"
+
+CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 30.0
+"""A disk under load may need seconds for one `appendfsync always`."""
+
+_SCHEMES = ("redis", "rediss", "unix")
+_WAIT = re.compile(r"\b(MISCONF|LOADING|READONLY|OOM|NOREPLICAS|MASTERDOWN|CLUSTERDOWN|TRYAGAIN)\b")
+"""Refusals that end by themselves or by an admin's hand; a script's error has the word inside."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEntry:
+    """A run that a store knows; `seen_at`: seconds since 1970 of its last start or end."""
+
+    uid: str
+    name: str
+    seen_at: float
+    closed: str
+    """Why it ended; empty while it goes on."""
+
+
+def client_of_url(url: str) -> Redis:
+    """A client for `redis://`, `rediss://` or `unix://`; nothing is sent yet.
+
+    Raises: SpecError for an address that cannot be used; the password is not repeated in it.
+    """
+    expected = "use redis://[user:password@]host[:port][/db], rediss://… or unix:///path"
+    if urlsplit(url).scheme not in _SCHEMES:
+        raise SpecError([Fault("--redis-url", redacted(url), expected)])
+    try:
+        return Redis.from_url(url, **_options())
+    except ValueError as error:
+        raise SpecError([Fault("--redis-url", redacted(url), f"{expected} ({error})")]) from error
+
+
+def client_of_socket(path: str) -> Redis:
+    """A client for a server's Unix socket; nothing is sent yet."""
+    return Redis(unix_socket_path=path, **_options())
+
+
+async def connect(url: str) -> Redis:
+    """A client whose server has answered.
+
+    Raises: SpecError for an unusable address, StoreUnavailableError if nobody answers there.
+    """
+    client = client_of_url(url)
+    try:
+        with store_errors(client):
+            await client.ping()
+    except StoreError:
+        await client.aclose()
+        raise
+    return client
+
+
+def redacted(url: str) -> str:
+    """An address without its user and password."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host, query="").geturl()
+
+
+def address_of(client: Redis) -> str:
+    """Where a client connects to, for messages."""
+    known: Mapping[str, Any] = client.connection_pool.connection_kwargs
+    if "path" in known:
+        return f"unix://{known['path']}"
+    return f"{known.get('host', 'localhost')}:{known.get('port', 6379)}"
+
+
+@contextmanager
+def store_errors(client: Redis) -> Iterator[None]:
+    """Turn what the client raises into our errors.
+
+    Raises: StoreUnavailableError for what a retry or an admin can end (refused, timeout, loading,
+    read-only, disk or memory full, credentials); StoreError for anything else.
+    """
+    try:
+        yield
+    except (failures.ConnectionError, failures.TimeoutError, OSError) as error:
+        raise StoreUnavailableError(
+            f"Redis at {address_of(client)} cannot be used: {_reason(error)}"
+        ) from error
+    except failures.ResponseError as error:
+        text = _reason(error)
+        code = getattr(error, "status_code", None) or ""
+        if isinstance(error, failures.NoPermissionError | failures.AuthenticationError):
+            raise StoreUnavailableError(
+                f"Redis at {address_of(client)} refuses this user: {text}"
+            ) from error
+        if _WAIT.search(f"{code} {text}"):
+            raise StoreUnavailableError(
+                f"Redis at {address_of(client)} accepts no writes now: {text}"
+            ) from error
+        raise StoreError(f"Redis at {address_of(client)} answered: {text}") from error
+    except failures.RedisError as error:
+        raise StoreError(f"Redis at {address_of(client)}: {_reason(error)}") from error
+
+
+async def next_epoch(client: Redis) -> int:
+    """A writer's epoch above every earlier one on this store (`INCR qtt:epoch`)."""
+    with store_errors(client):
+        return int(await client.incr(EPOCH_KEY))
+
+
+async def check_store(client: Redis) -> list[str]:
+    """Advice on a server's durability, one sentence each; empty when all is well.
+
+    Servers that forbid `CONFIG GET` (hosted ones do) are not advised on.
+    """
+    wanted = ("appendonly", "appendfsync", "maxmemory-policy")
+    settings: dict[str, str] = {}
+    try:
+        with store_errors(client):
+            for name in wanted:
+                found: Any = await client.config_get(name)
+                settings |= found
+    except StoreUnavailableError:
+        with store_errors(client):  # away, or only the command forbidden?
+            await client.ping()
+        return []
+    except StoreError:
+        return []
+    advice = []
+    if settings.get("appendonly") == "no":
+        advice.append("appendonly is off: a crash of Redis may lose the run; set `appendonly yes`")
+    elif settings.get("appendfsync") != "always":
+        fsync = settings.get("appendfsync")
+        advice.append(
+            f"appendfsync is {fsync}: a crash of Redis may lose the last seconds; set `always`"
+        )
+    if settings.get("maxmemory-policy", "noeviction") != "noeviction":
+        policy = settings["maxmemory-policy"]
+        advice.append(f"maxmemory-policy is {policy}: Redis may drop the ledger; set `noeviction`")
+    return advice
+
+
+async def find_runs(client: Redis) -> list[RunEntry]:
+    """Every run the store knows, the most recently active first."""
+    with store_errors(client):
+        found: Any = await client.zrevrange(RUNS_KEY, 0, -1, withscores=True)
+        entries = []
+        for uid, seen in found:
+            meta: Any = await client.hmget(f"qtt:{{{uid}}}:meta", ["name", "closed"])
+            name, closed = meta
+            entries.append(
+                RunEntry(uid=uid, name=name or "", seen_at=float(seen), closed=closed or "")
+            )
+    return entries
+
+
+def _options() -> dict[str, Any]:
+    """One try per command: the turn decides about retries, and knows which replies are safe."""
+    return {
+        "decode_responses": True,
+        "socket_connect_timeout": CONNECT_SECONDS,
+        "socket_timeout": ANSWER_SECONDS,
+        "health_check_interval": 30,
+        "retry": Retry(NoBackoff(), 0),
+    }
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).rstrip(".") or type(error).__name__
