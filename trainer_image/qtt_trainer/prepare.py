@@ -93,7 +93,7 @@ def prepare(job: JobDocument) -> tuple[DatasetManifest, dict[str, float]]:
     found = scan(job, root)
     clock.lap("scan")
     verified = verify_files(root, found.files, threads=job.limits.threads)
-    _check_images(found, verified)
+    raise_data_faults(check_corrupt(found.train, verified.faults))
     mark = combine_edges((f.path, f.size, verified.edges[f.path]) for f in found.files)
     if job.task.fingerprint not in {"", mark}:
         raise DatasetChangedError(
@@ -223,11 +223,6 @@ def _landmarkers(
         log.warning("no landmarkers: %s", error)
         return {"landmarker_missing": 1.0}, ""
     return {**values, "landmarker_missing": 0.0}, card.name
-
-
-def _check_images(found: Found, verified: Verified) -> None:
-    splits = [found.train, *([found.val] if found.val else [])]
-    raise_data_faults([f for split in splits for f in check_corrupt(split, verified.faults)])
 
 
 def _warnings(assignment: Assignment, verified: Verified, overlap: float) -> tuple[str, ...]:

@@ -62,7 +62,10 @@ def check_layout(
 
 
 def check_corrupt(split: FoundSplit, faults: Mapping[str, str]) -> list[str]:
-    """What makes a split unusable: a class without a readable image, or above 1 % of all."""
+    """What makes a training split unusable: a class without a readable image, or above 1 % of all.
+
+    Broken validation images are left out for every configuration alike, and warned about.
+    """
     found: list[str] = []
     for name, files in split.classes.items():
         if files and all(item.path in faults for item in files):

@@ -1,0 +1,147 @@
+"""Do the shipped weights of the `tiny` hub help? Finetuned against from scratch, on the digits example.
+
+For each model and seed the same images, order, augmentation and optimizer; only the starting weights
+differ. Prints the validation error of both and their ratio (scratch / finetuned, above 1 = they help).
+
+    python examples/digits/prepare.py && python benchmarks/tiny_hub_helps.py [--images 200] [--epochs 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from qtt_core.hub import ModelCard, load_hub
+from qtt_core.jobs import JobDocument, Paths, Task
+from qtt_trainer import data, prepare
+from qtt_trainer.keys import key
+from qtt_trainer.metafeatures import spread
+from qtt_trainer.model import BuildRequest, BuiltModel, build_model, rebuild_model
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = {"data_augmentation": "trivial_augment"}
+LR, BATCH = 1e-3, 32
+
+
+def manifest_of(folder: Path, images: int) -> data.DatasetManifest:
+    """The data set with `images` training images, evenly over the classes."""
+    with tempfile.TemporaryDirectory() as state:
+        task = Task(data=str(folder))
+        job = JobDocument(run_uid="b", attempt=0, nonce="", task=task, paths=Paths(root=state))
+        manifest, _ = prepare.prepare(job)
+    train = manifest.splits["train"]
+    few = tuple(train.samples[i] for i in spread(len(train.samples), images))
+    return replace(manifest, splits={**manifest.splits, "train": replace(train, samples=few)})
+
+
+def built(card: ModelCard, classes: int, *, pretrained: bool, seed: int) -> BuiltModel:
+    torch.manual_seed(key(seed, "init"))
+    request = BuildRequest(card=card, num_classes=classes, offline=True)
+    return build_model(request) if pretrained else rebuild_model(request)
+
+
+def error_of(
+    start: BuiltModel, manifest: data.DatasetManifest, folder: Path, *, epochs: int, seed: int
+) -> float:
+    """Validation error after training all layers with AdamW and a cosine schedule."""
+    model, config = start.model, start.data_config
+    sampler = data.KeyedSampler(manifest.n_train, seed=seed, config_id=0)
+    train = data.TrainSet(
+        manifest,
+        "train",
+        folder,
+        data.build_transforms(config, CONFIG, None, train=True),
+        seed=seed,
+        config_id=0,
+    )
+    loader = DataLoader(train, batch_size=BATCH, sampler=sampler)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
+    model.train()
+    for epoch in range(epochs):
+        sampler.epoch = epoch
+        for update, (images, labels) in enumerate(loader):
+            torch.manual_seed(key(seed, "step", epoch, update))
+            loss = torch.nn.functional.cross_entropy(model(images), labels, label_smoothing=0.1)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+    val = data.EvalSet(
+        manifest, "val", folder, data.build_transforms(config, {}, None, train=False)
+    )
+    with torch.no_grad():
+        wrong = sum(
+            int((model(images).argmax(1) != labels).sum())
+            for images, labels in DataLoader(val, batch_size=256)
+        )
+    return wrong / len(val)
+
+
+def rows(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    manifest = manifest_of(args.data, args.images)
+    for card in load_hub("tiny").cards:
+        errors: dict[bool, list[float]] = {True: [], False: []}
+        started = time.process_time()
+        for seed in range(args.seeds):
+            for pretrained in (True, False):
+                start = built(card, manifest.num_classes, pretrained=pretrained, seed=seed)
+                errors[pretrained].append(
+                    error_of(start, manifest, args.data, epochs=args.epochs, seed=seed)
+                )
+        trained = 2 * args.seeds * args.epochs
+        yield {
+            "model": card.name,
+            "finetuned": statistics.mean(errors[True]),
+            "scratch": statistics.mean(errors[False]),
+            "wins": sum(a < b for a, b in zip(errors[True], errors[False], strict=True)),
+            "seconds_per_epoch": (time.process_time() - started) / trained,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=ROOT / "examples/digits/digits")
+    parser.add_argument("--images", type=int, default=200, help="training images (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(1)
+    print(f"validation error, {args.images} images, {args.epochs} epochs, {args.seeds} seeds")
+    print(
+        f"{'model':20s} {'finetuned':>9s} {'scratch':>9s} {'ratio':>7s} {'wins':>5s} {'CPU s/epoch':>12s}"
+    )
+    found = []
+    for row in rows(args):
+        found.append(row)
+        ratio = row["scratch"] / max(row["finetuned"], 1e-4)
+        wins = f"{row['wins']}/{args.seeds}"
+        print(
+            f"{row['model']:20s} {row['finetuned']:9.4f} {row['scratch']:9.4f} {ratio:7.2f} "
+            f"{wins:>5s} {row['seconds_per_epoch']:12.2f}",
+            flush=True,
+        )
+    best = {kind: min(row[kind] for row in found) for kind in ("finetuned", "scratch")}
+    mean = {kind: statistics.mean(row[kind] for row in found) for kind in best}
+    summary = {
+        "benchmark": "tiny_hub_helps",
+        "ratio_mean_error": round(mean["scratch"] / max(mean["finetuned"], 1e-4), 3),
+        "ratio_best_model": round(best["scratch"] / max(best["finetuned"], 1e-4), 3),
+    }
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
