@@ -81,9 +81,17 @@ class Backend(Protocol):
 class AskAnswer(Protocol):
     """What an ask returned."""
 
-    proposals: Sequence[Proposal]
-    finished: str | None
-    position: str
+    @property
+    def proposals(self) -> Sequence[Proposal]:
+        """At most as many as were asked for."""
+
+    @property
+    def finished(self) -> str | None:
+        """Why nothing is left to propose, None while something may be."""
+
+    @property
+    def position(self) -> str:
+        """Stream id of the last event the answer rests on."""
 
 
 class OptimizerPort(Protocol):
