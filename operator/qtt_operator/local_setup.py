@@ -1,0 +1,168 @@
+"""From a manifest and command-line options to everything a local run needs, before anything starts.
+
+Reads the manifest, resolves claims to folders, chooses devices and hub, and gathers the notes about
+fields that act on a cluster only. Every user's mistake ends here, as SpecError or SpecDriftError.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from qtt_core.errors import Fault, SpecDriftError, SpecError
+from qtt_core.hub import Hub, load_hub, parse_hub, select
+from qtt_core.ledger.events import Run
+from qtt_core.spec import RunSpec, TuningRun, changed_immutable_fields, cluster_only_fields
+from qtt_operator.devices import (
+    Slot,
+    count_cores,
+    count_cuda,
+    default_devices,
+    make_slots,
+    parse_devices,
+)
+from qtt_operator.documents import Places
+from qtt_operator.lint import load_run
+from qtt_operator.local_backend import SERVE
+from qtt_operator.run_folder import DEFAULT_STATE_DIR, RunFolder, claim_folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalOptions:
+    """The command line of `qtt run`."""
+
+    manifest: Path
+    mounts: Mapping[str, Path] = field(default_factory=dict)
+    devices: str | None = None
+    state_dir: Path = Path(DEFAULT_STATE_DIR)
+    fresh: bool = False
+    redis_url: str | None = None
+    test: bool = True
+    serve: Sequence[str] = SERVE
+    """Command of a trainer parent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSetup:
+    """A run that can start."""
+
+    run: TuningRun
+    spec: RunSpec
+    """The manifest's, with the parallelism that the devices allow."""
+    folder: RunFolder
+    places: Places
+    hub: Hub
+    slots: tuple[Slot, ...]
+    notes: tuple[str, ...] = ()
+
+
+def prepare_local(options: LocalOptions) -> LocalSetup:
+    """Read and resolve. Raises: SpecError with every fault and its remedy."""
+    run = load_run(options.manifest)
+    beside = options.manifest.absolute().parent
+    slots, notes = _slots(options.devices, run.spec.parallelism)
+    folder = RunFolder(path=(options.state_dir / run.name).absolute())
+    spec = replace(run.spec, parallelism=len(slots)) if options.devices else run.spec
+    places, more = _places(run, options, beside, folder)
+    return LocalSetup(
+        run=run,
+        spec=spec,
+        folder=folder,
+        places=places,
+        hub=choose_hub(spec, beside),
+        slots=slots,
+        notes=(*notes, *more, *_cluster_notes(run)),
+    )
+
+
+def check_drift(recorded: Run, run: TuningRun) -> None:
+    """Refuse a manifest that describes another run than the one that was started.
+
+    Raises: SpecDriftError naming the fields and `--fresh`.
+    """
+    fields = changed_immutable_fields(recorded.spec, run.raw_spec)
+    if fields:
+        remedy = "undo the change, or start over with --fresh (the old state is kept aside)"
+        raise SpecDriftError(fields, remedy)
+
+
+def choose_hub(spec: RunSpec, beside: Path) -> Hub:
+    """The run's model cards: a shipped hub or a file beside the manifest, cut to the limits.
+
+    A `hubRef` names a ConfigMap on a cluster; here its key is a file beside the manifest, or one
+    in a folder of the ConfigMap's name. Raises: SpecError.
+    """
+    search = spec.search
+    hub = load_hub(search.hub)
+    if search.hub_ref is not None:
+        name, key = search.hub_ref.name, search.hub_ref.key
+        hub = parse_hub(name, _json_file("spec.search.hubRef", beside, name, key))
+    limits = search.model_limits
+    return select(
+        hub,
+        models=search.models,
+        max_params=limits.max_params,
+        max_gmacs=limits.max_gmacs,
+        licences=limits.licences,
+        image_size=spec.dataset.image_size,
+    )
+
+
+def _json_file(where: str, beside: Path, name: str, key: str) -> object:
+    """A ConfigMap's key as a file: `<name>/<key>` or `<key>` beside the manifest."""
+    for path in (beside / name / key, beside / key):
+        if path.is_file():
+            try:
+                return json.loads(path.read_text())
+            except (OSError, ValueError) as error:
+                raise SpecError([Fault(where, str(path), f"cannot be read: {error}")]) from error
+    expected = f"no file {beside / name / key} or {beside / key}; put the JSON there"
+    raise SpecError([Fault(where, f"{name}/{key}", expected)])
+
+
+def _slots(devices: str | None, parallelism: int) -> tuple[tuple[Slot, ...], list[str]]:
+    cores, cuda = count_cores(), count_cuda()
+    if devices is not None:
+        return make_slots(parse_devices(devices, cuda), cores), []
+    chosen = default_devices(parallelism, cores, cuda)
+    notes = []
+    if len(chosen) < parallelism:
+        kind = "CUDA devices" if cuda else "cores"
+        notes.append(f"parallelism {parallelism} on {len(chosen)} {kind}: {len(chosen)} at a time")
+    return make_slots(chosen, cores), notes
+
+
+def _places(
+    run: TuningRun, options: LocalOptions, beside: Path, folder: RunFolder
+) -> tuple[Places, list[str]]:
+    """Where data, checkpoints and weights lie on this machine."""
+    dataset, weights, checkpoint = run.spec.dataset, run.spec.weights, run.spec.checkpoint
+    notes = []
+    data = claim_folder(
+        "spec.dataset.claimName", dataset.claim_name, options.mounts, beside, path=dataset.path
+    )
+    weights_dir = ""
+    if weights.claim_name:
+        field_name = "spec.weights.claimName"
+        weights_dir = str(claim_folder(field_name, weights.claim_name, options.mounts, beside))
+    root = folder.path
+    claim = checkpoint.claim_name if checkpoint else None
+    if claim and claim in options.mounts:
+        path = checkpoint.sub_path if checkpoint else ""
+        root = claim_folder("spec.checkpoint.claimName", claim, options.mounts, beside, path=path)
+    elif checkpoint is not None:
+        notes.append(f"spec.checkpoint: checkpoints go to {folder.path} (or use --mount)")
+    offline = weights.fetch == "Never"
+    cache = str(folder.path / "cache")
+    return (
+        Places(data=str(data), root=str(root), weights=weights_dir, cache=cache, offline=offline),
+        notes,
+    )
+
+
+def _cluster_notes(run: TuningRun) -> list[str]:
+    """One note about all fields that act on a cluster only."""
+    ignored = [f for f in cluster_only_fields(run) if not f.startswith("spec.checkpoint")]
+    return [f"acts on a cluster only, ignored here: {', '.join(ignored)}"] if ignored else []
