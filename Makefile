@@ -63,6 +63,7 @@ slow: venv ## the tests that take minutes of CPU
 bench: venv ## the figures of the README: the demo's limits, our overhead, Quick-Tune against random
 	@$(PY) benchmarks/demo.py
 	@$(PY) benchmarks/overhead.py
+	@$(PY) benchmarks/cold_step.py
 	@$(PY) benchmarks/quicktune_vs_random.py
 
 clean: ## remove what the other targets made
