@@ -223,15 +223,16 @@ class SearchSpace:
         try:
             Configuration(self.configspace, values=dict(values))
         except ForbiddenValueError as error:
-            clauses = [
-                clause
-                for clause in self.configspace.forbidden_clauses
-                if clause.is_forbidden_value(dict(values))
-            ]
-            names = sorted({name for clause in clauses for name in clause_names(clause)})
+            names = self._forbidden_names(values)
             both = {name: values[name] for name in names if name in values}
-            remedy = f"exclude each other: {clauses[0] if clauses else error}"
+            remedy = "cannot go together: turn one of them off or change it"
             raise SpecError([Fault(" and ".join(names), both, remedy)]) from error
+
+    def _forbidden_names(self, values: Mapping[str, Scalar]) -> list[str]:
+        """Who takes part in the forbidden combinations that hold."""
+        clauses = self.configspace.forbidden_clauses
+        broken = [clause for clause in clauses if clause.is_forbidden_value(dict(values))]
+        return sorted({name for clause in broken for name in clause_names(clause)})
 
 
 def build_space(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qtt_core import spec_rules
-from qtt_core.errors import ABSENT, Fault, SpecError
+from qtt_core.errors import ABSENT, Fault
 from qtt_core.fields import Fields, raise_faults
 from qtt_core.spec_defaults import with_defaults
 from qtt_core.spec_fields import ALGORITHMS, read_spec
@@ -57,6 +57,7 @@ __all__ = [
     "cluster_only_fields",
     "immutable_digest",
     "parse_manifest",
+    "scan_manifest",
 ]
 
 API_VERSION, KIND = "quicktune.dev/v1alpha1", "TuningRun"
@@ -82,25 +83,35 @@ def parse_manifest(raw: object) -> TuningRun:
 
     Raises: SpecError with *every* fault: field path, value, remedy. Unknown fields are faults.
     """
-    faults: list[Fault] = []
+    run, faults = scan_manifest(raw)
+    raise_faults(faults)
+    assert run is not None  # None comes with a fault
+    return run
+
+
+def scan_manifest(raw: object) -> tuple[TuningRun | None, list[Fault]]:
+    """A manifest's faults, and the run with defaults in their places: lint checks on with it.
+
+    None where there is no spec at all.
+    """
     if not isinstance(raw, Mapping):
-        raise SpecError([Fault("manifest", raw, f"use a mapping: a manifest of kind {KIND}")])
+        return None, [Fault("manifest", raw, f"use a mapping: a manifest of kind {KIND}")]
+    faults: list[Fault] = []
     top = Fields(raw, "", faults)
     _check_kind(top)
     name, namespace, annotations = _metadata(top.child("metadata", required=True))
     given = top.raw("spec")
-    raw_spec = with_defaults(given) if isinstance(given, Mapping) else {}
-    if given is None:
-        faults.append(Fault("spec", ABSENT, "is required"))
-        raise_faults(faults)
-    spec = read_spec(Fields(raw_spec if isinstance(given, Mapping) else given, "spec", faults))
+    top.raw("status")
+    top.refuse_unknown()
+    if not isinstance(given, Mapping):
+        remedy = "is required" if given is None else "use a mapping of fields"
+        return None, [*faults, Fault("spec", ABSENT if given is None else given, remedy)]
+    raw_spec = with_defaults(given)
+    spec = read_spec(Fields(raw_spec, "spec", faults))
     wrong = {fault.field for fault in faults}  # their values are defaults now: not judged again
     faults.extend(f for f in spec_rules.cross_rules(spec) if f.field not in wrong)
     faults.extend(_not_json(raw_spec, "spec"))
-    top.raw("status")
-    top.refuse_unknown()
-    raise_faults(faults)
-    return TuningRun(
+    run = TuningRun(
         name=name,
         namespace=namespace,
         spec=spec,
@@ -108,6 +119,7 @@ def parse_manifest(raw: object) -> TuningRun:
         annotations=annotations,
         given=frozenset(_paths(raw, "")),
     )
+    return run, faults
 
 
 def check_spec(run: TuningRun) -> list[Fault]:
