@@ -32,6 +32,13 @@ class Choice:
     pool: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A rule's answer when nothing is left for it: `exhausted`, `budget` or `gain`."""
+
+    reason: str
+
+
 def order(trials: Trials, seed: int, tag: str) -> list[Trial]:
     """All candidates in a fixed random order; initial configurations are asked before any rule."""
     every = trials.all()

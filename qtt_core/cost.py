@@ -65,20 +65,21 @@ class CostModel:
         """Deviation of the predicted log-seconds, (n,)."""
         design = _with_intercept(rows)
         variance = np.einsum("nd,de,ne->n", design, self.covariance, design) + NOISE
-        return np.sqrt(variance)
+        return np.asarray(np.sqrt(variance))
 
 
-def fit_cost(encoder: Encoder, trials: Sequence[Trial], overheads: Sequence[float]) -> CostModel:
-    """The posterior given every trial that has run; exact, so no order or step size matters."""
-    started = [trial for trial in trials if trial.seconds]
+def fit_cost(
+    encoder: Encoder, started: Sequence[Trial], rows: Array, overheads: Sequence[float]
+) -> CostModel:
+    """The posterior given trials that have run and their rows; exact, so no order matters."""
     mean, precision = _prior(encoder)
-    design = _with_intercept(encoder([trial.config for trial in started]))
+    design = _with_intercept(rows)
     target = np.array([math.log(max(median(trial.seconds), 1e-6)) for trial in started])
-    inverse = np.linalg.inv(np.diag(precision) + design.T @ design / NOISE)
+    covariance = np.linalg.inv(np.diag(precision) + design.T @ design / NOISE)
     return CostModel(
         encoder=encoder,
-        mean=inverse @ (precision * mean + design.T @ target / NOISE),
-        covariance=inverse,
+        mean=np.asarray(covariance @ (precision * mean + design.T @ target / NOISE)),
+        covariance=np.asarray(covariance),
         startup_seconds=median(overheads) if overheads else 0.0,
         measured=len(started),
     )

@@ -10,14 +10,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
-from qtt_core.baselines import ASHA, Choice, FreezeThawRandom, Portfolio, Random, SuccessiveHalving
-from qtt_core.cost import CostModel, fit_cost
+from qtt_core.baselines import (
+    ASHA,
+    Choice,
+    FreezeThawRandom,
+    Portfolio,
+    Random,
+    Stop,
+    SuccessiveHalving,
+)
 from qtt_core.encoding import Encoder, build_encoder
 from qtt_core.errors import OptimizerError
+from qtt_core.evidence import Evidence
 from qtt_core.hub import Hub, parse_card
+from qtt_core.policy import QuickTune
 from qtt_core.pool import draw, generator, initial_candidates
 from qtt_core.space import SearchSpace, build_space
 from qtt_core.steps import (
@@ -60,8 +70,23 @@ class Rule(Protocol):
     def defaults_first(self) -> bool:
         """Whether the space's default configuration is asked before the rule is."""
 
-    def choose(self, trials: Trials, budget: BudgetView) -> Choice | None:
+    def choose(self, trials: Trials, budget: BudgetView) -> Choice | Stop | None:
         """The next configuration and where its job should end; None = nothing useful now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a rule is built from."""
+
+    space: SearchSpace
+    evidence: Evidence
+    seed: int
+    hub: Hub | None
+    options: Options
+    fixed_pool: bool
+
+
+RuleMaker = Callable[[Context], Rule]
 
 
 class Optimizer:
@@ -73,7 +98,7 @@ class Optimizer:
     def __init__(
         self,
         space: SearchSpace,
-        rule: Rule,
+        make_rule: RuleMaker,
         *,
         seed: int,
         hub: Hub | None = None,
@@ -81,13 +106,16 @@ class Optimizer:
         options: Options | None = None,
         candidates: Sequence[Config] | None = None,
     ) -> None:
-        self.space, self.rule, self.seed = space, rule, seed
+        self.space, self.seed = space, seed
         self.options = options or Options()
         self.metafeatures = dict(metafeatures or {})
         self.encoder: Encoder = build_encoder(space, hub, self.metafeatures)
+        self.evidence = Evidence(self.encoder, self.metafeatures)
+        self.rule = make_rule(
+            Context(space, self.evidence, seed, hub, self.options, candidates is not None)
+        )
         self.trials = Trials(max_fidelity=space.max_fidelity, step=space.step, options=self.options)
         self._events: list[OptimizerEvent] = []
-        self._costs: tuple[int, CostModel] | None = None
         self._finished: str | None = None
         self._fill(hub, candidates)
 
@@ -252,15 +280,16 @@ class Optimizer:
             left -= sum(self._open_steps(trial) for trial in self.trials.pending())
         seconds = seconds_left(budget)
         if (left is not None and left <= 0) or (seconds is not None and seconds <= 0):
-            return self._nothing("budget")
+            return self._end("budget")
         choice = self._forced() or self.rule.choose(self.trials, budget)
-        if choice is None:
-            return self._nothing(getattr(self.rule, "finished", None))
+        if choice is None or isinstance(choice, Stop):
+            return self._end(choice.reason if choice is not None else None)
         return self._proposal(choice, left, seconds)
 
-    def _nothing(self, reason: str | None) -> None:
-        """No proposal; final only when no result can change that."""
+    def _end(self, reason: str | None) -> Proposal | None:
+        """No proposal; final only when no open job can change that."""
         self._finished = reason if not self.trials.pending() else None
+        return None
 
     def _open_steps(self, trial: Trial) -> int:
         """Steps of an open proposal, a started one counted whole."""
@@ -282,8 +311,8 @@ class Optimizer:
         self, choice: Choice, steps: int | None, seconds: float | None
     ) -> Proposal | None:
         trial = self.trials.trial(choice.config_id)
-        costs = self.costs()
-        epoch = float(costs.epoch_seconds([trial], self.encoder([trial.config]))[0])
+        costs = self.evidence.costs(self.trials)
+        epoch = float(costs.epoch_seconds([trial], self.evidence.rows([trial]))[0])
         wanted = choice.fidelity_to
         if seconds is not None and self.options.cost_aware and costs.measured:
             fits = int((seconds - costs.startup_seconds) / max(epoch, 1e-9) / self.space.step)
@@ -316,21 +345,13 @@ class Optimizer:
             ),
         )
 
-    def costs(self) -> CostModel:
-        """The cost model of everything told so far."""
-        count = len(self.trials.told)
-        if self._costs is None or self._costs[0] != count:
-            model = fit_cost(self.encoder, self.trials.all(), self.trials.overheads)
-            self._costs = (count, model)
-        return self._costs[1]
-
 
 # --- algorithms by name ----------------------------------------------------------------------------
 
 Builder = Callable[..., Optimizer]
 
 
-def _with(make_rule: Callable[[int, Hub | None], Rule]) -> Builder:
+def _with(make_rule: RuleMaker) -> Builder:
     def build(
         space: SearchSpace,
         *,
@@ -343,7 +364,7 @@ def _with(make_rule: Callable[[int, Hub | None], Rule]) -> Builder:
     ) -> Optimizer:
         return Optimizer(
             space,
-            make_rule(seed, hub),
+            make_rule,
             seed=seed,
             hub=hub,
             metafeatures=metafeatures,
@@ -354,12 +375,19 @@ def _with(make_rule: Callable[[int, Hub | None], Rule]) -> Builder:
     return build
 
 
+def _quicktune(c: Context) -> QuickTune:
+    return QuickTune(
+        c.space, c.evidence, seed=c.seed, hub=c.hub, options=c.options, fixed_pool=c.fixed_pool
+    )
+
+
 ALGORITHMS: Mapping[str, Builder] = {
-    "Random": _with(lambda seed, hub: Random(seed)),
-    "FreezeThawRandom": _with(lambda seed, hub: FreezeThawRandom(seed)),
-    "SuccessiveHalving": _with(lambda seed, hub: SuccessiveHalving(seed)),
-    "ASHA": _with(lambda seed, hub: ASHA(seed)),
-    "Portfolio": _with(lambda seed, hub: Portfolio(seed, hub)),
+    "QuickTune": _with(_quicktune),
+    "Random": _with(lambda c: Random(c.seed)),
+    "FreezeThawRandom": _with(lambda c: FreezeThawRandom(c.seed)),
+    "SuccessiveHalving": _with(lambda c: SuccessiveHalving(c.seed)),
+    "ASHA": _with(lambda c: ASHA(c.seed)),
+    "Portfolio": _with(lambda c: Portfolio(c.seed, c.hub)),
 }
 """Every algorithm a manifest may name, `External` apart."""
 

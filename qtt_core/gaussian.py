@@ -1,0 +1,44 @@
+"""Exact Gaussian process algebra in float64: a Cholesky factor that never fails, and a posterior.
+
+    K    (n, n)   covariance of the observations, noise included     y  (n,)  observations
+    Ks   (n, m)   covariance with the candidates                     kss (m,) their prior variance
+
+Rasmussen and Williams, Gaussian Processes for Machine Learning, algorithm 2.1.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+from scipy.linalg import cholesky, solve_triangular
+
+from qtt_core.encoding import Array
+
+log = logging.getLogger(__name__)
+
+JITTERS = (0.0, 1e-8, 1e-6, 1e-4, 1e-2)
+"""Tried in turn, relative to the mean diagonal; the last makes any covariance positive definite."""
+
+
+def factor(covariance: Array) -> Array:
+    """Lower Cholesky factor, (n, n); with more jitter where it needs it, diagonal as a last resort."""
+    scale = float(np.mean(np.diag(covariance))) if len(covariance) else 1.0
+    for jitter in JITTERS:
+        try:
+            lower = cholesky(covariance + jitter * scale * np.eye(len(covariance)), lower=True)
+        except (np.linalg.LinAlgError, ValueError):
+            continue
+        if np.all(np.isfinite(lower)):
+            return np.asarray(lower)
+    log.warning("a covariance of %d rows has no Cholesky factor; treated as diagonal", len(covariance))
+    diagonal = np.nan_to_num(np.diag(covariance), nan=scale, posinf=scale)
+    return np.diag(np.sqrt(np.maximum(diagonal, 1e-6)))
+
+
+def posterior(lower: Array, y: Array, cross: Array, prior_variance: Array) -> tuple[Array, Array]:
+    """Mean (m,) and variance (m,) of the latent function given y; variances are at least 1e-12."""
+    half = solve_triangular(lower, cross, lower=True, check_finite=False)
+    mean = half.T @ solve_triangular(lower, y, lower=True, check_finite=False)
+    variance = prior_variance - np.einsum("nm,nm->m", half, half)
+    return np.asarray(mean), np.maximum(variance, 1e-12)
