@@ -1,9 +1,10 @@
-"""Do the shipped weights of the `tiny` hub help? Finetuned against from scratch, on the digits example.
+"""Do the shipped weights of the `tiny` hub help? Finetuned against from scratch, on the digits.
 
-For each model and seed the same images, order, augmentation and optimizer; only the starting weights
-differ. Prints the validation error of both and their ratio (scratch / finetuned, above 1 = they help).
+For each model and seed the same images, order, augmentation and optimizer; only the starting
+weights differ. Prints the validation error of both and the ratio scratch / finetuned.
 
-    python examples/digits/prepare.py && python benchmarks/tiny_hub_helps.py [--images 200] [--epochs 3]
+    python examples/digits/prepare.py
+    python benchmarks/tiny_hub_helps.py [--images 200] [--epochs 3] [--seeds 3]
 """
 
 from __future__ import annotations
@@ -120,9 +121,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     print(f"validation error, {args.images} images, {args.epochs} epochs, {args.seeds} seeds")
-    print(
-        f"{'model':20s} {'finetuned':>9s} {'scratch':>9s} {'ratio':>7s} {'wins':>5s} {'CPU s/epoch':>12s}"
-    )
+    head = ("finetuned", "scratch", "ratio", "wins", "CPU s/epoch")
+    print(f"{'model':20s} {head[0]:>9s} {head[1]:>9s} {head[2]:>7s} {head[3]:>5s} {head[4]:>12s}")
     found = []
     for row in rows(args):
         found.append(row)

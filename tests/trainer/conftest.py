@@ -1,4 +1,4 @@
-"""Small image folders for the trainer's tests: digits drawn with Pillow's own font, no downloads."""
+"""Small image folders for the trainer's tests: digits drawn with Pillow's own font."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _draw_glyph(text: str, rng: np.random.Generator, px: int = 32) -> Image.Imag
 def _make_folder(
     root: Path, splits: Mapping[str, Mapping[str, int]], *, px: int = 32, seed: int = 0
 ) -> Path:
-    """`{"train": {"0": 8, "1": 8}, ...}` as an ImageFolder of PNG files; a class is its character."""
+    """`{"train": {"0": 8}, ...}` as an ImageFolder of PNG files; a class draws its first letter."""
     rng = np.random.default_rng(seed)
     for split, classes in splits.items():
         for name, count in classes.items():

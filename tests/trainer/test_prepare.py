@@ -60,7 +60,7 @@ def reason(data: Path, tmp_path: Path, **task: object) -> str:
     return result.reason
 
 
-# --- a good data set -----------------------------------------------------------------------------
+# --- a good data set ---------------------------------------------------------------------------
 
 
 def test_the_manifest_holds_classes_files_and_counts(glyph_folder, tmp_path):
@@ -144,7 +144,7 @@ def test_the_test_split_is_not_looked_at(data, tmp_path):
     assert prepared(data, tmp_path)[1].fingerprint == before
 
 
-# --- auto split ------------------------------------------------------------------------------------
+# --- auto split --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_auto_split_of_single_images_has_nothing_to_validate_on(make_folder, tmp
     assert "no image is left to validate on" in reason(data, tmp_path, auto_split=0.5)
 
 
-# --- faults of the layout ----------------------------------------------------------------------------
+# --- faults of the layout ----------------------------------------------------------------------
 
 
 def test_no_val_folder_is_an_error_that_offers_auto_split(only_train, tmp_path):
@@ -329,7 +329,7 @@ sys.exit("torch" in sys.modules)
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# --- broken images -----------------------------------------------------------------------------------
+# --- broken images -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -412,7 +412,7 @@ def test_validation_images_that_also_train_are_reported(data, tmp_path):
     assert any("also training images" in text for text in result.warnings)
 
 
-# --- the manifest's life -----------------------------------------------------------------------------
+# --- the manifest's life -----------------------------------------------------------------------
 
 
 def test_an_untouched_data_set_passes_the_quick_check(data, tmp_path):
@@ -482,7 +482,7 @@ def test_a_damaged_manifest_is_told_from_a_missing_one(tmp_path, content):
         load_manifest(tmp_path)
     (tmp_path / "dataset.json").write_bytes(content)
 
-    with pytest.raises(DatasetChangedError, match="damaged|schema"):
+    with pytest.raises(DatasetChangedError, match=r"damaged|schema"):
         load_manifest(tmp_path)
 
 
