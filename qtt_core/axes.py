@@ -30,11 +30,14 @@ class Axis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activation:
-    """`child` is active if all (or any) of the parents have one of the listed values."""
+    """`child` is active if every parent of `needs` and, if there are any, one of `any_of` holds.
+
+    A parent holds when it is active itself and has one of the listed values.
+    """
 
     child: str
-    parents: Mapping[str, Values]
-    every: bool = True
+    needs: Mapping[str, Values] = field(default_factory=dict)
+    any_of: Mapping[str, Values] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +75,7 @@ class Table:
         names = tuple(sorted(models)) if self.sort_models else tuple(models)
         model = Axis(name="model", group="model", values=names, default=default, ordinal=False)
         rules = tuple(
-            replace(rule, parents={**rule.parents, "model": tuple(batchnorm)})
+            replace(rule, needs={**rule.needs, "model": tuple(batchnorm)})
             if rule.child in self.batchnorm_only
             else rule
             for rule in self.activations
@@ -152,7 +155,7 @@ def _nonzero(name: str) -> Values:
 
 
 def _when(child: str, parent: str, *values: Scalar) -> Activation:
-    return Activation(child=child, parents={parent: values})
+    return Activation(child=child, needs={parent: values})
 
 
 _V1_RULES: tuple[Activation, ...] = (
@@ -166,20 +169,22 @@ _V1_RULES: tuple[Activation, ...] = (
     _when("patience_epochs", "sched", "plateau"),
 )
 
-# A backbone layer trains: pct_to_freeze is itself active only without linear probing.
-_TRAINS: Values = (0.0, 0.2, 0.4, 0.6, 0.8)
+# A backbone layer trains: not all are frozen, or linear probing ends at half time (20-trainer 3.3)
+# and everything trains then, because pct_to_freeze is inactive and hence 0.
+_BACKBONE_TRAINS: Mapping[str, Values] = {
+    "pct_to_freeze": (0.0, 0.2, 0.4, 0.6, 0.8),
+    "linear_probing": (True,),
+}
 
 _NATIVE_RULES: tuple[Activation, ...] = (
     *_V1_RULES,
     _when("pct_to_freeze", "linear_probing", False),
     *(
-        _when(name, "pct_to_freeze", *_TRAINS)
+        Activation(child=name, any_of=_BACKBONE_TRAINS)
         for name in ("layer_decay", "sp_reg", "delta_reg", "bss_reg", "stoch_norm")
     ),
     Activation(
-        child="mixup_prob",
-        parents={"mixup": _nonzero("mixup"), "cutmix": _nonzero("cutmix")},
-        every=False,
+        child="mixup_prob", any_of={"mixup": _nonzero("mixup"), "cutmix": _nonzero("cutmix")}
     ),
     _when("warmup_lr", "warmup_epochs", 5, 10),
 )

@@ -126,9 +126,37 @@ def _status(
     if rule is None:
         known[name] = _Status()
         return known[name]
+    needs = _still_open(rule.needs, domains, rules, known)
+    any_of = _still_open(rule.any_of, domains, rules, known)
+    if needs.dead or (rule.any_of and not any_of.certain and not any_of.open):
+        known[name] = _Status(possible=False)
+    else:
+        choice = {} if any_of.certain else any_of.open
+        if len(choice) == 1:
+            needs, choice = replace(needs, open={**needs.open, **choice}), {}
+        left = Activation(child=name, needs=needs.open, any_of=choice)
+        known[name] = _Status(rule=left if needs.open or choice else None)
+    return known[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parents:
+    """Parents that may or may not hold, and how many always (certain) or never (dead) do."""
+
+    open: Mapping[str, Values]
+    certain: int
+    dead: int
+
+
+def _still_open(
+    parents: Mapping[str, Values],
+    domains: Mapping[str, Values],
+    rules: Mapping[str, Activation],
+    known: dict[str, _Status],
+) -> _Parents:
     kept: dict[str, Values] = {}
     certain = dead = 0
-    for parent, values in rule.parents.items():
+    for parent, values in parents.items():
         status = _status(parent, domains, rules, known)
         left = tuple(v for v in values if v in domains[parent]) if status.possible else ()
         if not left:
@@ -137,19 +165,7 @@ def _status(
             certain += 1
         else:
             kept[parent] = left
-    known[name] = _resolve(rule, kept, certain=certain, dead=dead)
-    return known[name]
-
-
-def _resolve(rule: Activation, kept: Mapping[str, Values], *, certain: int, dead: int) -> _Status:
-    if rule.every:
-        possible = dead == 0
-        return _Status(
-            possible=possible, rule=replace(rule, parents=kept) if possible and kept else None
-        )
-    if certain:
-        return _Status()
-    return _Status(possible=bool(kept), rule=replace(rule, parents=kept) if kept else None)
+    return _Parents(open=kept, certain=certain, dead=dead)
 
 
 def _exclusions(

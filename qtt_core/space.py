@@ -243,15 +243,18 @@ def build_space(
     step: int = 1,
     overrides: Mapping[str, str] | None = None,
     in_channels: int = 3,
+    definition: str = "",
 ) -> SearchSpace:
     """A named space over the hub's models; overrides fix a value or narrow the choices ("a,b").
 
     Image policies know grey and colour images only: at any other number of channels
-    `data_augmentation` is "none".
+    `data_augmentation` is "none". The space `custom` is ConfigSpace's JSON in `definition`.
 
     Raises: SpecError for an unknown space, name or value, or an empty choice.
     """
     _check_fidelity(max_fidelity, step)
+    if name == CUSTOM and definition:
+        return custom_space(definition, hub, max_fidelity=max_fidelity, step=step, any_name=True)
     if name not in TABLES:
         remedy = f"use one of {', '.join(SPACES)}, or configSpaceRef"
         raise SpecError([Fault("spec.search.space", name, remedy)])
@@ -353,9 +356,10 @@ def _checked(axis: Axis, value: object, *, free: bool) -> dict[str, Scalar]:
 
 
 def _check_fidelity(max_fidelity: int, step: int) -> None:
-    if not 1 <= step <= max_fidelity:
+    """A step longer than T is legal: it is cut to T."""
+    if max_fidelity < 1 or step < 1:
         span = f"max {max_fidelity}, step {step}"
-        raise SpecError([Fault("spec.fidelity", span, "must satisfy 1 <= step <= max")])
+        raise SpecError([Fault("spec.fidelity", span, "use at least one epoch each")])
 
 
 # --- tables to ConfigSpace -----------------------------------------------------------------------
@@ -387,12 +391,14 @@ def _configspace(table: Table) -> ConfigurationSpace:
 
 
 def _condition(rule: Activation, hps: Mapping[str, Hyperparameter[Any, Any]]) -> Any:
+    """ConfigSpace takes one condition object per child: conjunctions nest."""
     from ConfigSpace import AndConjunction, InCondition, OrConjunction
 
-    child = hps[rule.child]
-    parts = [
-        InCondition(child, hps[parent], list(values)) for parent, values in rule.parents.items()
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    return AndConjunction(*parts) if rule.every else OrConjunction(*parts)
+    def parts(parents: Mapping[str, tuple[Scalar, ...]]) -> list[Any]:
+        child = hps[rule.child]
+        return [InCondition(child, hps[name], list(values)) for name, values in parents.items()]
+
+    every = parts(rule.needs)
+    if rule.any_of:
+        every.append(OrConjunction(*parts(rule.any_of)))
+    return every[0] if len(every) == 1 else AndConjunction(*every)

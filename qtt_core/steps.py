@@ -407,6 +407,8 @@ class OptimizerSetup:
     seed: int
     overrides: Mapping[str, str] = field(default_factory=dict)
     in_channels: int = 3
+    space_definition: str = ""
+    """ConfigSpace's JSON where `space` is `custom` (`configSpaceRef`)."""
     external: str | None = None
     metafeatures: Mapping[str, float] = field(default_factory=dict)
     prior: str = "Auto"

@@ -60,8 +60,15 @@ class LintReport:
 
 
 def load_run(path: Path) -> TuningRun:
-    """The run of a manifest file, checked in full. Raises: SpecError with every fault."""
-    return load_checked(path).run
+    """The run of a manifest file, checked in full, for a run on this machine.
+
+    Raises: SpecError with every fault; also for a custom trainer, which is a container image.
+    """
+    run = load_checked(path).run
+    if run.spec.trainer.custom:
+        remedy = "a trainer of your own is an image: apply this manifest to a cluster"
+        raise SpecError([Fault("spec.trainer.custom", True, remedy)])
+    return run
 
 
 def load_checked(path: Path) -> CheckedRun:
