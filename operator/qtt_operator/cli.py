@@ -174,9 +174,17 @@ def _state_option(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _mount_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mount", action="append", default=[], metavar="CLAIM=PATH",
+        help="where a claim lies (default: the folder CLAIM beside the manifest); repeatable",
+    )  # fmt: skip
+
+
 def _run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="name of a run, or the path of its folder")
     _state_option(parser)
+    parser.add_argument("--redis-url", metavar="URL", help="the Redis that the run was given")
 
 
 def _add_run(verbs: Verbs[_Parser]) -> None:
@@ -187,10 +195,7 @@ def _add_run(verbs: Verbs[_Parser]) -> None:
         "the change would make a different run; a raised budget goes on."
     )
     parser.add_argument("manifest", type=Path, metavar="FILE", help="a TuningRun manifest (YAML)")
-    parser.add_argument(
-        "--mount", action="append", default=[], metavar="CLAIM=PATH",
-        help="where a claim lies (default: the folder CLAIM beside the manifest); repeatable",
-    )  # fmt: skip
+    _mount_option(parser)
     parser.add_argument(
         "--devices", metavar="LIST",
         help="cuda:0,cuda:1 or cpu:2; sets parallelism (default: CUDA devices, else CPU slots,"
@@ -209,6 +214,7 @@ def _add_lint(verbs: Verbs[_Parser]) -> None:
         verbs, "lint", "qtt_operator.verbs:lint", "check a manifest: every fault at once"
     )
     parser.add_argument("manifest", type=Path, metavar="FILE", help="a TuningRun manifest (YAML)")
+    _mount_option(parser)
     _format_option(parser)
 
 

@@ -93,6 +93,8 @@ async def run_local(options: LocalOptions, view: View) -> AsyncIterator[Finished
             state = fold(await ledger.read())
             if state.run is not None:
                 check_drift(state.run, setup.run)
+                if state.run.space_hash != setup.space_sha:
+                    view.note("the search space differs from the recorded one: newer code")
             known = local_start.facts(setup, uid, embedded=options.redis_url is None)
             write_atomically(setup.folder.facts_file, json.dumps(known, indent=1))
             runner = _Runner(options, setup, ledger, store, view)
@@ -141,11 +143,14 @@ class _Runner:
             if again is not None:
                 await self._ledger.note(again[0], key=again[1])
                 state = fold(await self._ledger.read(state.last_id), state)
-            identity = self._identity(state)
+            seed = secrets.randbits(31)
+            identity = local_start.identity_of(
+                self._setup, state, self._ledger.uid, fresh_seed=seed
+            )
             if local_start.is_over(self._setup, state, identity, time.time()):
                 return await self._as_it_ended(identity)
-            self._backend.warm()  # imports torch while the worker does
-            identity = await self._with_space(identity, state)
+            self._backend.warm()
+            await self._optimizer.start()  # both import torch while the data set is read
             context = self._context(identity)
             left = local_start.orphans(identity.name, state, self._setup.spec.metric)
             self._backend.adopt(left, local_start.run_dir(self._setup.places, identity.uid))
@@ -159,23 +164,6 @@ class _Runner:
         self._trace.close()
 
     # --- before the first turn ---------------------------------------------------------------
-
-    def _identity(self, state: LedgerState) -> Identity:
-        space_sha = state.run.space_hash if state.run is not None else ""
-        return local_start.identity_of(
-            self._setup,
-            state,
-            self._ledger.uid,
-            fresh_seed=secrets.randbits(31),
-            space_sha=space_sha,
-        )
-
-    async def _with_space(self, identity: Identity, state: LedgerState) -> Identity:
-        """The space as the worker builds it. Raises: SpecError for initial values outside it."""
-        space = await self._optimizer.describe(optimizer_setup(self._contents(identity), state))
-        if identity.space_sha not in {"", space.space_sha}:
-            self._view.note("the search space differs from the recorded one: the code has changed")
-        return replace(identity, space_id=space.space_id, space_sha=space.space_sha)
 
     def _contents(self, identity: Identity) -> RunContents:
         setup = self._setup

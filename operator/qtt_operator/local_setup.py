@@ -6,15 +6,14 @@ fields that act on a cluster only. Every user's mistake ends here, as SpecError 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qtt_core.errors import Fault, SpecDriftError, SpecError
-from qtt_core.hub import Hub, load_hub, parse_hub, select
+from qtt_core.errors import SpecDriftError
+from qtt_core.hub import Hub
 from qtt_core.ledger.events import Run
-from qtt_core.spec import RunSpec, TuningRun, changed_immutable_fields, cluster_only_fields
+from qtt_core.spec import RunSpec, TuningRun, changed_immutable_fields
 from qtt_operator.devices import (
     Slot,
     count_cores,
@@ -24,7 +23,7 @@ from qtt_operator.devices import (
     parse_devices,
 )
 from qtt_operator.documents import Places
-from qtt_operator.lint import load_run
+from qtt_operator.lint import load_checked, local_notes
 from qtt_operator.local_backend import SERVE
 from qtt_operator.run_folder import DEFAULT_STATE_DIR, RunFolder, claim_folder
 
@@ -54,14 +53,16 @@ class LocalSetup:
     folder: RunFolder
     places: Places
     hub: Hub
+    space_id: str
+    space_sha: str
     slots: tuple[Slot, ...]
     notes: tuple[str, ...] = ()
 
 
 def prepare_local(options: LocalOptions) -> LocalSetup:
     """Read and resolve. Raises: SpecError with every fault and its remedy."""
-    run = load_run(options.manifest)
-    beside = options.manifest.absolute().parent
+    checked = load_checked(options.manifest)
+    run, beside = checked.run, options.manifest.absolute().parent
     slots, notes = _slots(options.devices, run.spec.parallelism)
     folder = RunFolder(path=(options.state_dir / run.name).absolute())
     spec = replace(run.spec, parallelism=len(slots)) if options.devices else run.spec
@@ -71,9 +72,11 @@ def prepare_local(options: LocalOptions) -> LocalSetup:
         spec=spec,
         folder=folder,
         places=places,
-        hub=choose_hub(spec, beside),
+        hub=checked.hub,
+        space_id=checked.space.space_id,
+        space_sha=checked.space.sha,
         slots=slots,
-        notes=(*notes, *more, *_cluster_notes(run)),
+        notes=(*notes, *more, *local_notes(run, beside, options.mounts)),
     )
 
 
@@ -86,40 +89,6 @@ def check_drift(recorded: Run, run: TuningRun) -> None:
     if fields:
         remedy = "undo the change, or start over with --fresh (the old state is kept aside)"
         raise SpecDriftError(fields, remedy)
-
-
-def choose_hub(spec: RunSpec, beside: Path) -> Hub:
-    """The run's model cards: a shipped hub or a file beside the manifest, cut to the limits.
-
-    A `hubRef` names a ConfigMap on a cluster; here its key is a file beside the manifest, or one
-    in a folder of the ConfigMap's name. Raises: SpecError.
-    """
-    search = spec.search
-    hub = load_hub(search.hub)
-    if search.hub_ref is not None:
-        name, key = search.hub_ref.name, search.hub_ref.key
-        hub = parse_hub(name, _json_file("spec.search.hubRef", beside, name, key))
-    limits = search.model_limits
-    return select(
-        hub,
-        models=search.models,
-        max_params=limits.max_params,
-        max_gmacs=limits.max_gmacs,
-        licences=limits.licences,
-        image_size=spec.dataset.image_size,
-    )
-
-
-def _json_file(where: str, beside: Path, name: str, key: str) -> object:
-    """A ConfigMap's key as a file: `<name>/<key>` or `<key>` beside the manifest."""
-    for path in (beside / name / key, beside / key):
-        if path.is_file():
-            try:
-                return json.loads(path.read_text())
-            except (OSError, ValueError) as error:
-                raise SpecError([Fault(where, str(path), f"cannot be read: {error}")]) from error
-    expected = f"no file {beside / name / key} or {beside / key}; put the JSON there"
-    raise SpecError([Fault(where, f"{name}/{key}", expected)])
 
 
 def _slots(devices: str | None, parallelism: int) -> tuple[tuple[Slot, ...], list[str]]:
@@ -160,9 +129,3 @@ def _places(
         Places(data=str(data), root=str(root), weights=weights_dir, cache=cache, offline=offline),
         notes,
     )
-
-
-def _cluster_notes(run: TuningRun) -> list[str]:
-    """One note about all fields that act on a cluster only."""
-    ignored = [f for f in cluster_only_fields(run) if not f.startswith("spec.checkpoint")]
-    return [f"acts on a cluster only, ignored here: {', '.join(ignored)}"] if ignored else []

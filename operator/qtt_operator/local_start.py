@@ -23,9 +23,7 @@ from qtt_operator.names import COMPLETE_REASONS, job_name
 from qtt_operator.recovery import Orphan
 
 
-def identity_of(
-    setup: LocalSetup, state: LedgerState, uid: str, *, fresh_seed: int, space_sha: str
-) -> Identity:
+def identity_of(setup: LocalSetup, state: LedgerState, uid: str, *, fresh_seed: int) -> Identity:
     """Who the run is. The seed is the recorded one, else the manifest's, else the fresh one."""
     seed = setup.spec.optimizer.seed
     if state.run is not None:
@@ -34,8 +32,8 @@ def identity_of(
         uid=uid,
         name=setup.run.name,
         seed=fresh_seed if seed is None else seed,
-        space_id=setup.spec.search.space or "custom",
-        space_sha=space_sha,
+        space_id=setup.space_id,
+        space_sha=setup.space_sha,
         spec_hash=immutable_digest(setup.run.raw_spec),
         version=qtt_core.__version__,
         raw_spec=setup.run.raw_spec,

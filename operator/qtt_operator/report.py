@@ -6,7 +6,7 @@ ledger give the same rows. Scores become the metric's own value here, for displa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,36 +101,21 @@ def best_checkpoint(of_config: Sequence[Checkpoint]) -> Checkpoint | None:
     return max(of_config, key=lambda item: (item.score, -item.epoch), default=None)
 
 
-def superseded(
-    of_config: Sequence[Checkpoint], standing: Standing, *, keep_all: bool, in_top: bool
-) -> list[Checkpoint]:
-    """Checkpoints of one configuration that nothing will read again.
-
-    Kept: the newest two (the second is the way back when the first is damaged) while it may go on,
-    and its best one. A closed configuration outside the kept top keeps none.
-    """
-    if keep_all:
-        return []
-    if standing.is_closed and not in_top:
-        return list(of_config)
-    kept = {item.epoch for item in of_config[-2:]}
-    best = best_checkpoint(of_config)
-    if best is not None:
-        kept.add(best.epoch)
-    return [item for item in of_config if item.epoch not in kept]
-
-
 def statistics(
     events: Sequence[Event],
     configs: Mapping[str, Config],
     *,
     metric: Metric,
     recommended: int | None = None,
+    kept: Callable[[Checkpoint], bool] | None = None,
 ) -> list[Row]:
-    """Every configuration in the order it was first opened."""
+    """Every configuration in the order it was first opened.
+
+    `kept` says whether a checkpoint still exists; without it every committed one counts.
+    """
     saved = checkpoints(events)
     return [
-        _row(past, saved.get(past.config_id, []), metric, recommended)
+        _row(past, _kept(saved.get(past.config_id, []), kept), metric, recommended)
         for past in histories(events, configs).values()
     ]
 
@@ -142,9 +127,10 @@ def leaderboard(
     metric: Metric,
     recommended: int | None = None,
     top: int | None = None,
+    kept: Callable[[Checkpoint], bool] | None = None,
 ) -> list[Row]:
     """Configurations with a checkpoint, best first; each is shown at its best checkpoint."""
-    rows = statistics(events, configs, metric=metric, recommended=recommended)
+    rows = statistics(events, configs, metric=metric, recommended=recommended, kept=kept)
     scored = [row for row in rows if row.checkpoint and row.score is not None]
     scored.sort(key=lambda row: (-(row.score or 0.0), row.cost, row.config_id))
     ranked = [_ranked(row, position) for position, row in enumerate(scored, start=1)]
@@ -157,6 +143,12 @@ def metric_of(spec: Mapping[str, Any]) -> Metric:
     name = str(objective.get("metric", "top1"))
     minimise = objective.get("direction") == "Minimize"
     return METRICS.get(name, Metric(name=name, maximise=not minimise))
+
+
+def _kept(
+    saved: Sequence[Checkpoint], kept: Callable[[Checkpoint], bool] | None
+) -> Sequence[Checkpoint]:
+    return saved if kept is None else [item for item in saved if kept(item)]
 
 
 def _ranked(row: Row, rank: int) -> Row:

@@ -1,0 +1,127 @@
+"""A run as read from outside: its ledger, its facts, its status. Never writes.
+
+Works beside a runner that is going on, after the end, and after a crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from qtt_core.errors import Fault, SpecError
+from qtt_core.ledger.events import Event
+from qtt_core.ledger.fold import LedgerState, fold
+from qtt_core.steps import Config, Metric
+from qtt_operator.redis_client import connect
+from qtt_operator.redis_ledger import RedisLedger
+from qtt_operator.report import Checkpoint, Row, leaderboard, metric_of, statistics
+from qtt_operator.run_folder import RunFolder
+from qtt_operator.store import open_reader
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """Everything the reading verbs know of a run."""
+
+    folder: RunFolder
+    facts: Mapping[str, Any]
+    events: Sequence[Event]
+    configs: Mapping[str, Config]
+    state: LedgerState
+    status: Mapping[str, Any]
+
+    @property
+    def run_dir(self) -> Path:
+        """Checkpoints, results and logs."""
+        return Path(str(self.facts["root"])) / "runs" / str(self.facts["uid"])
+
+    @property
+    def metric(self) -> Metric:
+        """The objective, as recorded in the ledger."""
+        return metric_of(self.state.run.spec if self.state.run else self.facts.get("spec", {}))
+
+    @property
+    def recommended(self) -> int | None:
+        """The optimizer's incumbent at the last status, None before the first score."""
+        best = self.status.get("best")
+        return int(best["configID"]) if isinstance(best, Mapping) and "configID" in best else None
+
+    def is_kept(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is still on the volume."""
+        return (self.run_dir / checkpoint.folder / "manifest.json").is_file()
+
+    def leaderboard(self, top: int | None = None) -> list[Row]:
+        """Kept checkpoints, best first."""
+        return leaderboard(
+            self.events,
+            self.configs,
+            metric=self.metric,
+            recommended=self.recommended,
+            top=top,
+            kept=self.is_kept,
+        )
+
+    def statistics(self) -> list[Row]:
+        """Every configuration."""
+        return statistics(
+            self.events,
+            self.configs,
+            metric=self.metric,
+            recommended=self.recommended,
+            kept=self.is_kept,
+        )
+
+
+async def read_record(folder: RunFolder, redis_url: str | None = None) -> RunRecord:
+    """Read a run's ledger and what lies beside it.
+
+    Raises: SpecError if the run's own store is not known here; StoreError, LedgerError.
+    """
+    facts = folder.read_facts()
+    if not facts:
+        expected = "the run has not got as far as its ledger; start it again"
+        raise SpecError([Fault("RUN", str(folder.path), expected)])
+    if redis_url is None and not facts.get("embedded", True):
+        expected = "keeps its ledger in another Redis; add --redis-url"
+        raise SpecError([Fault("RUN", str(facts["name"]), expected)])
+    if redis_url is not None:
+        client = await connect(redis_url)
+        try:
+            return await _read(client, folder, facts)
+        finally:
+            await client.aclose()
+    with open_reader(folder.path) as client:
+        try:
+            return await _read(client, folder, facts)
+        finally:
+            await client.aclose()
+
+
+async def _read(client: Redis, folder: RunFolder, facts: Mapping[str, Any]) -> RunRecord:
+    ledger = RedisLedger.reader(client, str(facts["uid"]))
+    events = await ledger.read()
+    configs = await ledger.configs()  # after the events: every opened one is then in it
+    return RunRecord(
+        folder=folder,
+        facts=facts,
+        events=events,
+        configs=configs,
+        state=fold(events),
+        status=read_status(folder),
+    )
+
+
+def read_status(folder: RunFolder) -> Mapping[str, Any]:
+    """status.yaml; empty before the first turn."""
+    try:
+        raw = yaml.safe_load(folder.status_file.read_text())
+    except (OSError, yaml.YAMLError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
