@@ -38,7 +38,11 @@ if os.getppid() != int(sys.argv[1]):
 os.execv(sys.argv[2], sys.argv[2:])
 """
 
-_DISK = re.compile(r"No space left|Read-only file system|Disk quota|Input/output error|\bEIO\b")
+_DISK = re.compile(
+    r"No space left|Read-only file system|Disk quota|Input/output error|File too large"
+    r"|Short write|AOF write error"
+)
+_LOG_LINE = re.compile(r"^\d+:[XCSM] \d+ \w+ \d+ [\d:.]+ (?P<level>[.\-*#]) (?P<words>.*)$")
 
 STOP_SECONDS = 5.0
 
@@ -101,8 +105,7 @@ def check_format(folder: Path, binary: Path) -> None:
 
 def explain_end(folder: Path, log: str) -> StoreError | VolumeError:
     """Why a server ended, from what it wrote into its log."""
-    lines = [line.split("#", 1)[-1].strip() for line in log.splitlines() if line.strip()]
-    text = " ".join(lines[-6:])[-400:]
+    text = _last_words(log)
     if _DISK.search(text):
         return VolumeError(f"{folder}: Redis cannot write its file: {text}")
     if "Bad file format" in text:
@@ -111,6 +114,18 @@ def explain_end(folder: Path, log: str) -> StoreError | VolumeError:
             f"`redis-check-aof --fix` on it ({text})"
         )
     return StoreError(f"Redis in {folder} ended: {text or 'it said nothing'}")
+
+
+def _last_words(log: str) -> str:
+    """The newest warnings of a log without their time stamps; any last lines where it has none."""
+    warnings, others = [], []
+    for line in filter(None, map(str.strip, log.splitlines())):
+        found = _LOG_LINE.match(line)
+        if found is None:
+            others.append(line)
+        elif found["level"] == "#" and not found["words"].startswith("WARNING"):
+            warnings.append(found["words"])  # those come at every start, about the kernel's tuning
+    return " ".join((others + warnings)[-4:])[-400:]
 
 
 def answers(socket: str, folder: Path) -> bool:

@@ -445,13 +445,48 @@ def test_a_file_of_redis_7_is_not_opened_empty_by_redis_6(tmp_path: Path) -> Non
     check_format(tmp_path / "redis", new)
 
 
-def test_a_disk_that_filled_up_is_told_from_other_ends(tmp_path: Path) -> None:
-    """The words are the server's own, read off a full file system."""
-    words = (
-        "4:M 21 Nov 2026 12:00:00.000 # Error writing to the AOF file: No space left on device\n"
-        "4:M 21 Nov 2026 12:00:00.000 # Can't recover from AOF write error when the AOF fsync "
+def test_a_disk_that_fills_up_loses_nothing_acknowledged_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis cannot write its file beyond a limit, as on a full disk: it ends, and says why."""
+    acknowledged: list[Reply] = []
+
+    async def write_until_it_ends(ledger: RedisLedger) -> None:
+        await started(lambda _epoch: ledger)
+        while True:
+            to = len(acknowledged) + 1
+            await ledger.open(opening(frm=to - 1, to=to), config=CONFIG, job="j" * 1000)
+            acknowledged.append((await ledger.commit(result(frm=to - 1, to=to)))[0])
+
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+    with monkeypatch.context() as full:
+        full.setattr(server_module, "_LAUNCH", limited + server_module._LAUNCH)
+        with EmbeddedStore(tmp_path) as store:
+            with pytest.raises(StoreUnavailableError):
+                talk(store.client(), write_until_it_ends)
+            wait_for(lambda: not store.is_alive())
+            why = store.failure()
+
+    assert isinstance(why, VolumeError)
+    assert str(tmp_path) in str(why)
+    assert len(acknowledged) > 5
+    with EmbeddedStore(tmp_path) as store:
+        assert talk(store.client(), count_steps) == len(acknowledged)
+
+
+def test_the_end_of_a_server_is_told_in_its_own_last_words(tmp_path: Path) -> None:
+    """Read off 6.2.14 on a full file system; advice about the kernel is left out."""
+    full = (
+        "20221:M 21 Nov 2026 12:24:08.889 # WARNING overcommit_memory is set to 0!\n"
+        "20221:M 21 Nov 2026 12:24:08.890 * Ready to accept connections\n"
+        "20221:M 21 Nov 2026 12:24:08.990 # Short write while writing to the AOF file: "
+        "(nwritten=235, expected=1249)\n"
+        "20221:M 21 Nov 2026 12:24:08.990 # Can't recover from AOF write error when the AOF fsync "
         "policy is 'always'. Exiting...\n"
     )
+    other = "20221:M 21 Nov 2026 12:24:08.990 # Out Of Memory allocating 12 bytes!\n"
 
-    assert isinstance(explain_end(tmp_path, words), VolumeError)
-    assert isinstance(explain_end(tmp_path, "4:M # Out of memory"), StoreError)
+    assert isinstance(explain_end(tmp_path, full), VolumeError)
+    assert "WARNING" not in str(explain_end(tmp_path, full))
+    assert str(explain_end(tmp_path, other)).endswith("ended: Out Of Memory allocating 12 bytes!")
+    assert "said nothing" in str(explain_end(tmp_path, ""))
