@@ -25,7 +25,7 @@ SMALLEST_SD = 1e-9
 
 
 def log_expected_improvement(mean: Array, sd: Array, best: float | Array) -> Array:
-    """log E[max(S - best, 0)] for S ~ N(mean, sd^2), finite wherever its inputs are; (n,).
+    """Log E[max(S - best, 0)] for S ~ N(mean, sd^2), finite wherever its inputs are; (n,).
 
     Source: Ament et al., LogEI, arXiv 2310.20708, equations 8-10. A direct formula underflows to 0
     for every candidate at once, and argmax then returns index 0.
@@ -67,7 +67,9 @@ def incumbent_at(trials: Sequence[Trial], fidelity: int, rule: str) -> float:
     """
     if rule == "dyhpo":
         exact = [t.scores[fidelity - 1] for t in trials if t.t >= fidelity]
-        return max(exact, default=max((max(t.scores) for t in trials if t.scores), default=-math.inf))
+        return max(
+            exact, default=max((max(t.scores) for t in trials if t.scores), default=-math.inf)
+        )
     return max((max(t.scores[:fidelity]) for t in trials if t.scores), default=-math.inf)
 
 

@@ -60,25 +60,27 @@ def boundary(results: int) -> int:
     return results // step * step
 
 
-def observed(
-    trials: Trials, squash: Squash, upto: int | None = None
-) -> tuple[list[int], Rows]:
+def observed(trials: Trials, squash: Squash, upto: int | None = None) -> tuple[list[int], Rows]:
     """Ids of the configurations with curve points, by first result, and the points themselves.
 
     `upto` cuts history after that many results. A divergence counts as the worst score at the epoch
     that failed; configurations that ran out of memory have no point (10-optimizer 5.1).
     """
+    points = points_of(trials, upto)
+    ids = list(dict.fromkeys(config_id for config_id, _, _ in points))
+    return ids, _as_rows(points, ids, squash)
+
+
+def points_of(trials: Trials, upto: int | None = None) -> list[tuple[int, int, float]]:
+    """(config_id, epoch, score) of every curve point to learn from, as told; at most MAX_ROWS."""
     points: list[tuple[int, int, float]] = []
-    ids: list[int] = []
     for told in trials.told[:upto]:
         trial = trials.trial(told.config_id)
-        new = [(told.config_id, e, trial.scores[e - 1]) for e in range(told.start + 1, told.stop + 1)]
+        epochs = range(told.start + 1, told.stop + 1)
+        points += [(told.config_id, epoch, trial.scores[epoch - 1]) for epoch in epochs]
         if told.outcome is Outcome.DIVERGED:
-            new.append((told.config_id, trial.failed_at, 0.0))
-        if new and told.config_id not in ids:
-            ids.append(told.config_id)
-        points += new
-    return ids, _as_rows(_thinned(points), ids, squash)
+            points.append((told.config_id, trial.failed_at, 0.0))
+    return _thinned(points)
 
 
 def _thinned(points: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:

@@ -146,6 +146,4 @@ class _Problem:
         scales[scales > 0] = value["scales"]
         layers = {name: layer.detach().numpy() for name, layer in self.layers.items()}
         scalars = {name: float(value[name]) for name in SCALARS}
-        return replace(
-            self.start, groups=value["groups"], scales=scales, **layers, **scalars
-        )
+        return replace(self.start, groups=value["groups"], scales=scales, **layers, **scalars)

@@ -31,7 +31,9 @@ def factor(covariance: Array) -> Array:
             continue
         if np.all(np.isfinite(lower)):
             return np.asarray(lower)
-    log.warning("a covariance of %d rows has no Cholesky factor; treated as diagonal", len(covariance))
+    log.warning(
+        "a covariance of %d rows has no Cholesky factor; treated as diagonal", len(covariance)
+    )
     diagonal = np.nan_to_num(np.diag(covariance), nan=scale, posinf=scale)
     return np.diag(np.sqrt(np.maximum(diagonal, 1e-6)))
 

@@ -27,6 +27,7 @@ from qtt_core.encoding import Encoder, build_encoder
 from qtt_core.errors import OptimizerError
 from qtt_core.evidence import Evidence
 from qtt_core.hub import Hub, parse_card
+from qtt_core.paper_policy import QuickTunePaper
 from qtt_core.policy import QuickTune
 from qtt_core.pool import draw, generator, initial_candidates
 from qtt_core.space import SearchSpace, build_space
@@ -37,9 +38,9 @@ from qtt_core.steps import (
     Config,
     Forecast,
     Observation,
-    Options,
     OptimizerEvent,
     OptimizerSetup,
+    Options,
     Proposal,
     Recommendation,
     Why,
@@ -381,8 +382,19 @@ def _quicktune(c: Context) -> QuickTune:
     )
 
 
+def _paper(c: Context) -> QuickTunePaper:
+    return QuickTunePaper(
+        c.evidence,
+        seed=c.seed,
+        options=c.options,
+        max_fidelity=c.space.max_fidelity,
+        incumbent="qtt",
+    )
+
+
 ALGORITHMS: Mapping[str, Builder] = {
     "QuickTune": _with(_quicktune),
+    "QuickTunePaper": _with(_paper),
     "Random": _with(lambda c: Random(c.seed)),
     "FreezeThawRandom": _with(lambda c: FreezeThawRandom(c.seed)),
     "SuccessiveHalving": _with(lambda c: SuccessiveHalving(c.seed)),

@@ -32,7 +32,15 @@ from qtt_core.surrogate import (
     groups_of,
     prior_parameters,
 )
-from qtt_core.trials import Trial, Trials, next_rung, seconds_left, smoothed, steps_left
+from qtt_core.trials import (
+    Trial,
+    Trials,
+    is_stagnating,
+    next_rung,
+    seconds_left,
+    smoothed,
+    steps_left,
+)
 
 COST_FACTOR = 0.7
 """alpha_0 of 10-optimizer 5.5."""
@@ -105,8 +113,14 @@ class QuickTune:
         order = self._order(scored, open_)
         chosen, rule = order[0], "highest expected gain for its cost"
         running = self._continued(trials, scored, open_)
-        if running is not None and scored.acquisition[running] >= scored.acquisition[chosen] - MARGIN:
-            chosen, rule = running, rule if running == chosen else "goes on: within 10 % of the best"
+        if (
+            running is not None
+            and scored.acquisition[running] >= scored.acquisition[chosen] - MARGIN
+        ):
+            chosen, rule = (
+                running,
+                rule if running == chosen else "goes on: within 10 % of the best",
+            )
         return self._explained(trials, scored, scored.trials[chosen].config_id, rule)
 
     def score(self, trials: Trials, budget: BudgetView) -> Scored:
@@ -175,12 +189,12 @@ class QuickTune:
         )
 
     def _is_stagnating(self, trial: Trial, predicted: float) -> bool:
-        """No gain for `patience` epochs, and none predicted; compared with its own best, not zero."""
-        patience, tolerance = self._options.patience, self._options.tolerance
-        if trial.t <= patience:
-            return False
-        before, best = max(trial.scores[:-patience]), max(trial.scores)
-        return best < before + tolerance and predicted < best + tolerance
+        """No gain for `patience` epochs, and none predicted either."""
+        tolerance = self._options.tolerance
+        return (
+            is_stagnating(trial, self._options.patience, tolerance)
+            and predicted < max(trial.scores) + tolerance
+        )
 
     def _gain_is_spent(self, scored: Scored, open_: NDArray[np.bool_]) -> bool:
         """Whether no candidate promises the user's minimum gain per GPU-hour."""
@@ -199,9 +213,7 @@ class QuickTune:
         order = np.lexsort((np.arange(len(cost)), cost, -scored.mean, -scored.acquisition))
         return [int(i) for i in order if open_[i]]
 
-    def _continued(
-        self, trials: Trials, scored: Scored, open_: NDArray[np.bool_]
-    ) -> int | None:
+    def _continued(self, trials: Trials, scored: Scored, open_: NDArray[np.bool_]) -> int | None:
         """Position of the configuration whose result came last, if it may go on."""
         if not trials.told:
             return None
@@ -237,9 +249,7 @@ class QuickTune:
         """Fit now what the next ask needs."""
         self._parameters(trials)
 
-    def forecast(
-        self, trials: Trials, trial: Trial, epochs: Sequence[int]
-    ) -> tuple[Array, Array]:
+    def forecast(self, trials: Trials, trial: Trial, epochs: Sequence[int]) -> tuple[Array, Array]:
         """Mean and epistemic deviation of the score at further epochs of one configuration."""
         if not epochs:
             return np.empty(0), np.empty(0)
@@ -273,9 +283,7 @@ class QuickTune:
             best = float(np.min(mean))  # nothing to beat yet: rank by mean and price
         return mean, sd, best
 
-    def _model(
-        self, parameters: Parameters, x: Array, level: Array, points: Rows
-    ) -> CurveModel:
+    def _model(self, parameters: Parameters, x: Array, level: Array, points: Rows) -> CurveModel:
         return CurveModel(
             parameters, self._member, self._space.max_fidelity, self._rise, x, level, points
         )
@@ -361,9 +369,7 @@ class QuickTune:
             return config_kernel(parameters, self._member, self._evidence.rows(known), rows)
         missing = [t for t in known if (mark, len(every), t.config_id) not in self._cross]
         if missing:
-            fresh = config_kernel(
-                parameters, self._member, self._evidence.rows(missing), rows
-            )
+            fresh = config_kernel(parameters, self._member, self._evidence.rows(missing), rows)
             for trial, row in zip(missing, fresh, strict=True):
                 self._cross[mark, len(every), trial.config_id] = row
         found = [self._cross[mark, len(every), t.config_id] for t in known]
@@ -391,7 +397,9 @@ class QuickTune:
         every = trials.all()
         if len(every) >= self._options.pool_size + GROWTH_LIMIT:
             return
-        ran = sorted((t for t in every if t.scores), key=lambda t: (-smoothed(t.scores)[1], t.config_id))
+        ran = sorted(
+            (t for t in every if t.scores), key=lambda t: (-smoothed(t.scores)[1], t.config_id)
+        )
         rng = generator(self._seed, "grow", count)
         seen = {key(t.config) for t in every}
         for parent in ran[:PARENTS]:

@@ -79,7 +79,7 @@ class Squash:
         return np.asarray(self.chance + (1 - self.chance) / (1 + np.exp(-u)))
 
     def slope(self, u: Array) -> Array:
-        """d score / d u: what a small step of the logit is worth in score."""
+        """D score / d u: what a small step of the logit is worth in score."""
         a = 1 / (1 + np.exp(-u))
         return np.asarray((1 - self.chance) * a * (1 - a))
 
@@ -158,7 +158,9 @@ def prior_parameters(encoder: Encoder, seed: int) -> Parameters:
     weights = importance(names)
     scales = np.array([0.0 if g < 0 else math.sqrt(weights[g]) for g in member])
     hidden, head = network_start(len(member), seed)
-    return Parameters(groups=weights, scales=scales, hidden=hidden * (scales > 0)[:, None], head=head)
+    return Parameters(
+        groups=weights, scales=scales, hidden=hidden * (scales > 0)[:, None], head=head
+    )
 
 
 def main_effects(a: Array, b: Array, member: NDArray[np.intp], count: int) -> Array:
@@ -193,7 +195,7 @@ def config_kernel(parameters: Parameters, member: NDArray[np.intp], a: Array, b:
 
 
 def progress(epoch: Array, max_fidelity: int) -> Array:
-    """tau in [0, 1]; 1 at T, also where T = 1."""
+    """Tau in [0, 1]; 1 at T, also where T = 1."""
     if max_fidelity <= 1:
         return np.ones_like(epoch)
     return np.asarray(np.log(np.maximum(epoch, 1.0)) / math.log(max_fidelity))
@@ -229,15 +231,18 @@ class CurveModel:
         own = config_kernel(parameters, member, x, x)
         index = rows.index
         same = index[:, None] == index[None, :]
-        covariance = curve_kernel(
-            parameters, own[np.ix_(index, index)], same, self._tau, self._tau
-        )
+        covariance = curve_kernel(parameters, own[np.ix_(index, index)], same, self._tau, self._tau)
         covariance[np.diag_indices(len(index))] += parameters.noise + rows.noise
         self._lower = factor(covariance)
         self._residual = rows.u - (prior_mean[index] - rise * (1 - self._tau))
 
     def predict(
-        self, kx: Array, identity: NDArray[np.intp], prior_mean: Array, diagonal: Array, epoch: Array
+        self,
+        kx: Array,
+        identity: NDArray[np.intp],
+        prior_mean: Array,
+        diagonal: Array,
+        epoch: Array,
     ) -> tuple[Array, Array]:
         """Mean and epistemic deviation of u, each (m,), for configurations at given epochs.
 

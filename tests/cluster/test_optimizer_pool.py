@@ -12,7 +12,7 @@ import pytest
 
 from qtt_core.errors import OptimizerError, SpecError, UnknownConfigurationError
 from qtt_core.hub import load_hub
-from qtt_core.steps import BudgetView, Observation, Options, OptimizerSetup, Outcome
+from qtt_core.steps import BudgetView, Observation, OptimizerSetup, Options, Outcome
 from qtt_operator.optimizer_pool import OptimizerClient
 
 EVERYTHING = BudgetView()
