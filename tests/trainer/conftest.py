@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
+
+from qtt_core.hub import load_hub
+from qtt_core.jobs import parse_job
+from qtt_core.steps import State, StepResult
+from qtt_trainer import prepare
+from qtt_trainer.context import Context
+from qtt_trainer.process import locate, run_job
+from qtt_trainer.stopping import Stop
 
 Draw = Callable[..., Image.Image]
 MakeFolder = Callable[..., Path]
@@ -59,3 +75,183 @@ def glyph_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, 8 training and 4 validation images each, 32 px. Shared: never change it."""
     splits = {"train": dict.fromkeys("012", 8), "val": dict.fromkeys("012", 4)}
     return _make_folder(tmp_path_factory.mktemp("glyphs"), splits)
+
+
+# --- jobs ------------------------------------------------------------------------------------------
+
+Job = dict[str, Any]
+
+SETTINGS = {"opt": "adamw", "lr": 1e-3, "batch_size": 8, "weight_decay": 0.01, "sched": "cosine"}
+
+
+@dataclass(kw_only=True)
+class JobMaker:
+    """Job documents over one prepared run folder; `step(...)` fills in what a test does not say."""
+
+    root: Path
+    data: Path
+
+    @property
+    def run(self) -> Path:
+        return self.root / "runs" / "run-1"
+
+    def base(self, **fields: Any) -> Job:
+        task = {"data": str(self.data), **fields.pop("task", {})}
+        return {
+            "schema": 1,
+            "run_uid": "run-1",
+            "attempt": 0,
+            "nonce": "n0",
+            "task": task,
+            "paths": {"root": str(self.root)},
+            "limits": {"threads": 1, **fields.pop("limits", {})},
+            **fields,
+        }
+
+    def step(
+        self,
+        to: int,
+        *,
+        start: int = 0,
+        model: str = "mini_resnet",
+        settings: Mapping[str, Any] | None = None,
+        config_id: int = 1,
+        horizon: int = 4,
+        **fields: Any,
+    ) -> Job:
+        config = {"model": model, **(SETTINGS if settings is None else settings)}
+        return self.base(
+            **{
+                "step": f"c{config_id}-f{to}",
+                "config_id": config_id,
+                "config": config,
+                "space_id": "native",
+                "card": load_hub("tiny").card(model).to_json(),
+                "fidelity_from": start,
+                "fidelity_to": to,
+                "max_fidelity": horizon,
+                "seed": 3,
+                **fields,
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How an in-process job ended."""
+
+    code: int
+    message: StepResult
+    result: Mapping[str, Any]
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, glyph_folder: Path) -> JobMaker:
+    """A prepared run on three classes of 8 + 4 glyphs."""
+    maker = JobMaker(root=tmp_path / "state", data=glyph_folder)
+    done = prepare.run(parse_job(maker.base(), command="prepare"))
+    assert done.state is State.OK, done.reason
+    return maker
+
+
+class StopAfter(Stop):
+    """A stop that is asked for when the loop has looked `looks` times: a place, not a moment."""
+
+    def __init__(self, looks: int) -> None:
+        self._looks: float = looks
+        super().__init__()
+
+    @property
+    def state(self) -> State | None:  # type: ignore[override]
+        self._looks -= 1
+        return State.PREEMPTED if self._looks < 0 else None
+
+    @state.setter
+    def state(self, value: State | None) -> None:
+        pass
+
+
+RunInline = Callable[..., Ending]
+
+
+@pytest.fixture
+def run_inline() -> RunInline:
+    """`run_inline(job, command="step", stop=None)` -> Ending; the whole contract, in this process."""
+
+    def run(job: Job, *, command: str = "step", stop_after: int | None = None) -> Ending:
+        stop = Stop() if stop_after is None else StopAfter(stop_after)
+        context = Context(stop=stop, born=time.monotonic())
+        attempt, texts = locate(command, job), list[str]()
+        code = run_job(attempt, job, context, texts.append)
+        message = StepResult.parse(texts[-1], nonce=job["nonce"], attempt=job["attempt"])
+        assert attempt.folder is not None
+        return Ending(
+            code=code,
+            message=message,
+            result=json.loads((attempt.folder / "result.json").read_text()),
+        )
+
+    return run
+
+
+class Served:
+    """A running `serve` process: send lines, read events."""
+
+    def __init__(self, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "qtt_trainer", "serve", "--die-with-parent"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.count = 0
+        assert self.event()["event"] == "ready"
+
+    def event(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "serve ended"
+        event: dict[str, Any] = json.loads(line)
+        return event
+
+    def send(self, command: str, job: Any) -> int:
+        assert self.process.stdin is not None
+        self.count += 1
+        line = {"id": self.count, "command": command, "job": job}
+        self.process.stdin.write(json.dumps(line) + "\n")
+        self.process.stdin.flush()
+        return self.count
+
+    def until(self, name: str) -> dict[str, Any]:
+        while True:
+            event = self.event()
+            if event["event"] == name:
+                return event
+
+    def run(self, command: str, job: Any) -> dict[str, Any]:
+        self.send(command, job)
+        return self.until("ended")
+
+    def close(self) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.read()
+        self.process.stdout.close()
+        return self.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Served]:
+    """One warm trainer for all tests of a session."""
+    server = Served(QTT_MIN_UNSAVED_SECONDS="0")
+    yield server
+    assert server.close() == 0
+
+
+@pytest.fixture
+def start_serve() -> Callable[..., Served]:
+    """Starts a further warm trainer; the test closes it."""
+    return Served

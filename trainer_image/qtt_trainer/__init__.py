@@ -1,1 +1,1 @@
-"""The trainer: runs one job (steps of one configuration in a row) and reports by files and exit code."""
+"""The trainer: runs one job and reports by files, a message and an exit code."""

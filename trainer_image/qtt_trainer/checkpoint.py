@@ -1,4 +1,4 @@
-"""Checkpoints: committed by a manifest written last, verified by digest when read (20-trainer 5.1-5.2).
+"""Checkpoints: committed by a manifest written last, verified by digest when read (20-trainer 5).
 
 Between the training loop and the volume. The commit point is a folder under its final name whose
 manifest verifies; nothing is ever overwritten. Tensors pass through `save_state` and `load_state`

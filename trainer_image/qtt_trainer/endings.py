@@ -35,7 +35,7 @@ class EndedError(QuickTuneError):
 
 
 def classify(error: BaseException) -> EndedError:
-    """The end that an error means (20-trainer section 6); anything unknown is a bug of ours, exit 70."""
+    """The end that an error means (20-trainer 6); anything unknown is a bug, exit 70."""
     if isinstance(error, EndedError):
         return error
     if isinstance(error, SpecError):

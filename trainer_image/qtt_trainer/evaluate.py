@@ -22,6 +22,7 @@ from qtt_trainer.data import EvalSet, with_split
 from qtt_trainer.dataset_manifest import DatasetManifest, load_manifest
 from qtt_trainer.endings import EndedError
 from qtt_trainer.inert import is_on
+from qtt_trainer.loaders import EVAL_BATCH, eval_loader
 from qtt_trainer.model import BuildRequest, rebuild_model
 from qtt_trainer.precision import choose_precision, loader_workers, set_up_process
 from qtt_trainer.report import Report
@@ -35,7 +36,8 @@ EVALUATION = "evaluation.json"
 def run(job: JobDocument, context: Context) -> Report:
     """Score every checkpoint of the job on its split.
 
-    Raises: EndedError `checkpoint_corrupt`, `identity_mismatch`, preempted; DataError for the split.
+    Raises: EndedError `checkpoint_corrupt`, `identity_mismatch`, preempted; DataError for the
+    split.
     """
     run_dir = layout.run_folder(job.paths.root, job.run_uid)
     manifest = load_manifest(run_dir, job.task.class_map)
@@ -84,11 +86,11 @@ def _score(
     transform = build_transforms(
         built.data_config, config, meta["img_size"], False, space_id=str(meta["space_id"])
     )
-    loader = loop.eval_loader(
+    loader = eval_loader(
         EvalSet(manifest, job.task.split, Path(job.task.data), transform),
-        batch=loop.EVAL_BATCH,
+        batch=EVAL_BATCH,
         workers=loader_workers(job, precision.device),
-        precision=precision,
+        pin=precision.device.type == "cuda",
     )
     try:
         evaluator = loop.evaluate(

@@ -1,4 +1,4 @@
-"""Which parameters train in which epoch: `pct_to_freeze`, `linear_probing`, LP-FT (20-trainer 3.1-3.3).
+"""Which parameters train in which epoch: `pct_to_freeze`, `linear_probing`, LP-FT (20-trainer 3).
 
 | Symbol | Meaning |
 |---|---|
@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from timm.models import group_parameters
-from timm.optim import auto_group_layers
+from timm.optim._param_groups import auto_group_layers
 from torch import nn
 
 from qtt_core.steps import Config, digest
@@ -56,11 +56,11 @@ def layer_groups(model: nn.Module) -> dict[str, int]:
         matcher = model.group_matcher(coarse=False)  # type: ignore[operator]  # a timm model
         groups = group_parameters(model, matcher, reverse=True)
         return {str(name): int(group) for name, group in groups.items()}
-    return {str(name): int(group) for name, group in auto_group_layers(model).items()}
+    return {str(name): int(group) for name, group in auto_group_layers(model).items()}  # type: ignore[no-untyped-call]
 
 
 def frozen_names(model: nn.Module, pct: float) -> frozenset[str]:
-    """Backbone parameters of the groups i with (i+1)/n <= pct: 0 freezes none, 1 the whole backbone."""
+    """Backbone parameters of the groups i with (i+1)/n <= pct: 0 is none, 1 is all."""
     prefixes = classifier_prefixes(model)
     groups = {name: i for name, i in layer_groups(model).items() if not is_head(name, prefixes)}
     order = {group: rank for rank, group in enumerate(sorted(set(groups.values())))}
@@ -74,8 +74,8 @@ def plan_freezing(
 ) -> FreezePlan:
     """The plan of a configuration; depends on the absolute epoch and T only.
 
-    Source: LP-FT, Kumar et al., ICLR 2022 (arXiv 2202.10054): probe first, then finetune. The public
-    tool (our compat rule) probes for the whole run.
+    Source: LP-FT, Kumar et al., ICLR 2022 (arXiv 2202.10054): probe first, then finetune. The
+    public tool (our compat rule) probes for the whole run.
     """
     prefixes = classifier_prefixes(model)
     names = frozenset(name for name, _ in model.named_parameters())

@@ -1,4 +1,4 @@
-"""Settings of a configuration that change nothing, so that equal ones can be merged (20-trainer 3.14).
+"""Settings that change nothing, so that equal configurations can be merged (20-trainer 3.14).
 
 Pure: judged from the configuration and a few facts about the model and the data.
 """

@@ -1,7 +1,7 @@
 """The log of an attempt: what a job prints, kept beside its result (20-trainer 5.2).
 
-A cold process writes to its own stdout *and* the file; a warm parent's child writes to the file only,
-because the parent's stdout carries its protocol. The file keeps about the last MiB.
+A cold process writes to its own stdout *and* the file; a warm parent's child writes to the file
+only, because the parent's stdout carries its protocol. The file keeps about the last MiB.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def redirect_to_log(path: Path | None) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: PTH123, SIM115  # a descriptor
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: PTH123, SIM115  # a descriptor
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  # a descriptor
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115  # a descriptor
     _log_to(sys.stderr)
 
 
@@ -103,7 +103,7 @@ def _open(path: Path | None) -> TextIO | None:
         return None
 
 
-def _log_to(stream: TextIO) -> None:
+def _log_to(stream: TextIO | _Tee) -> None:
     """One handler for everything; warnings of libraries come through it too."""
     logging.basicConfig(
         stream=stream,
@@ -112,3 +112,4 @@ def _log_to(stream: TextIO) -> None:
         force=True,
     )
     logging.captureWarnings(True)
+    logging.getLogger("timm").setLevel(logging.WARNING)

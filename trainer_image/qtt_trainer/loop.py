@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
-from qtt_trainer.data import EvalSet, TrainSet, epoch_order
 from qtt_trainer.freezing import apply_trainable, set_training_modes
 from qtt_trainer.keys import key, key32
+from qtt_trainer.loaders import EpochBatches
 from qtt_trainer.metrics import Evaluator
 from qtt_trainer.mixing import mix, soft_cross_entropy
 from qtt_trainer.model import has_batchnorm
@@ -37,7 +37,6 @@ from qtt_trainer.session import Session
 READ_EVERY = 20
 """Updates between two looks at the device's counters: reading waits for the device."""
 DIVERGED_AFTER = 3
-EVAL_BATCH = 64
 MAX_HALVINGS = 6
 
 
@@ -77,60 +76,6 @@ class Watch:
     beat: Callable[[Pulse], None]
     save_is_due: Callable[[], bool]
     save: Callable[[], None]
-
-
-class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """The batches of an epoch as lists of (epoch, number), from update `start` on.
-
-    One object for all epochs, so that persistent workers serve them all.
-    """
-
-    def __init__(self, size: int, *, batch: int, updates: int, seed: int, config_id: int) -> None:
-        self.size, self.batch, self.updates = size, batch, updates
-        self.seed, self.config_id = seed, config_id
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.updates - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch
-        order = epoch_order(self.size, seed=self.seed, config_id=self.config_id, epoch=epoch)
-        for update in range(self.start, self.updates):
-            chosen = order[update * self.batch : (update + 1) * self.batch]
-            yield [(epoch, number) for number in chosen]
-
-
-def train_loader(
-    dataset: TrainSet, session: Session, *, seed: int, config_id: int, workers: int
-) -> DataLoader[Any]:
-    """The loader of all epochs; set its `batch_sampler`'s epoch and start before iterating."""
-    batches = EpochBatches(
-        len(dataset),
-        batch=session.batch_size,
-        updates=session.horizon.updates_per_epoch,
-        seed=seed,
-        config_id=config_id,
-    )
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]  # lists of pairs instead of numbers
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=_quiet_worker if workers else None,
-        pin_memory=session.precision.device.type == "cuda",
-        # Its own generator: drawing the workers' base seed must not move the global one.
-        generator=torch.Generator(),
-    )
-
-
-def _quiet_worker(worker: int) -> None:
-    """A signal to the group must not kill the workers before the parent has saved."""
-    import signal
-
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def train_epoch(
@@ -242,7 +187,9 @@ class _Epoch:
         self.parts = {}
         try:
             for images, targets in zip(
-                mixed.split(session.micro_batch), dense.split(session.micro_batch), strict=True
+                torch.split(mixed, session.micro_batch),
+                torch.split(dense, session.micro_batch),
+                strict=True,
             ):
                 if self.may_abandon():
                     raise StoppedError
@@ -255,7 +202,7 @@ class _Epoch:
         return total
 
     def _loss(self, images: torch.Tensor, dense: torch.Tensor, share: float) -> torch.Tensor:
-        """share * (cross entropy + regularisers) of a micro-batch."""
+        """`share` * (cross entropy + regularisers) of a micro-batch."""
         session, penalties = self.session, self.session.penalties
         with session.precision.autocast():
             logits, maps = self._forward(images)
@@ -311,7 +258,7 @@ class _Epoch:
         """Unscale, clip, decoupled pull, step, moving average."""
         session = self.session
         limit = session.config.get("clip_grad")
-        clip = 0.0 if limit in (None, "none") else float(limit)  # type: ignore[arg-type]
+        clip = 0.0 if limit in (None, "none") else float(limit)
         look = session.batch % READ_EVERY == 0
         if clip > 0 or look:
             session.scaler.unscale_(session.optimizer)
@@ -330,7 +277,7 @@ class _Epoch:
             session.ema.update(session.model, step=session.update)
 
     def _pull(self) -> None:
-        """w <- w - lr * alpha * (w - w0), with each group's own rate."""
+        """Apply w <- w - lr * alpha * (w - w0), with each group's own rate."""
         session = self.session
         rates = {
             id(p): float(group["lr"])
@@ -418,18 +365,3 @@ def evaluate(
             logits = model(images.to(device, non_blocking=True))
         evaluator.add(logits.float(), labels.to(device, non_blocking=True))
     return evaluator
-
-
-def eval_loader(
-    dataset: EvalSet, *, batch: int, workers: int, precision: Precision
-) -> DataLoader[Any]:
-    """The images of a split in the manifest's order; at least 64 at a time, at most four batches."""
-    return DataLoader(
-        dataset,
-        batch_size=min(256, max(EVAL_BATCH, 4 * batch)),
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=_quiet_worker if workers else None,
-        pin_memory=precision.device.type == "cuda",
-        generator=torch.Generator(),
-    )

@@ -1,4 +1,4 @@
-"""The five metrics of an evaluation, from counts on the device and one synchronisation (20-trainer 4.6)."""
+"""The five metrics of an evaluation, from counts on the device (20-trainer 4.6)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_CONFUSION_CLASSES = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Values of the five metrics, native range; `recall` and `confusion` for the per-class report."""
+    """The five metrics in their native range; `recall` and `confusion` for the report."""
 
     values: Mapping[str, float]
     recall: tuple[float | None, ...]
@@ -40,7 +40,7 @@ class Evaluator:
         self._predicted = torch.zeros_like(self._hits)
         self._confusion = torch.zeros(wide * wide, dtype=torch.int64, device=device)
         self._top5 = torch.zeros((), dtype=torch.int64, device=device)
-        # MPS and some accelerators have no float64; the sum of a few 1e5 float32 losses is fine there.
+        # Some accelerators have no float64; float32 is enough for a sum of 1e5 losses.
         kind = torch.float64 if device.type in {"cpu", "cuda"} else torch.float32
         self._loss = torch.zeros((), dtype=kind, device=device)
 

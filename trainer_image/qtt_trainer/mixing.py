@@ -1,4 +1,4 @@
-"""Targets and mixing of a batch: mixup, cutmix, label smoothing, class weights (20-trainer 3.9, 3.12).
+"""Targets and mixing: mixup, cutmix, label smoothing, class weights (20-trainer 3.9, 3.12).
 
 Between the loader and the model. Draws from NumPy's global generator through timm's `Mixup`: the
 loop seeds it per update.
@@ -48,7 +48,7 @@ def plan_targets(
     probability = 1.0 if raw is None else float(raw)
     mixer = None
     if probability > 0 and (mixup > 0 or cutmix > 0):
-        mixer = Mixup(
+        mixer = Mixup(  # type: ignore[no-untyped-call]
             mixup_alpha=mixup,
             cutmix_alpha=cutmix,
             prob=probability,
@@ -69,6 +69,11 @@ def class_weights(
     none, balanced (inverse frequency) or {class: weight}, where absent classes weigh 1.
     Raises: SpecError.
     """
+    unknown = sorted(loss.keys() - {"class_weights"})
+    if unknown:
+        raise SpecError(
+            [Fault(f"job.task.loss.{name}", loss[name], "use class_weights") for name in unknown]
+        )
     wanted = loss.get("class_weights", "none")
     if wanted in (None, "none"):
         return None
@@ -130,7 +135,7 @@ def one_hot(labels: torch.Tensor, targets: Targets) -> torch.Tensor:
 def soft_cross_entropy(
     logits: torch.Tensor, dense: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """Mean over the batch of -sum_c w_c * t_c * log softmax(logits)_c; w = 1 without class weights."""
+    """Mean over the batch of -sum_c w_c * t_c * log softmax(logits)_c; w = 1 without weights."""
     terms = dense * functional.log_softmax(logits.float(), dim=1)
     if weights is not None:
         terms = terms * weights

@@ -1,7 +1,7 @@
-"""Builds a timm model from its card, with pretrained weights from a file or a cache (20-trainer 1, 2).
+"""Builds a timm model from its card, weights from a file or a cache (20-trainer 1, 2).
 
-Second part of a step, after the data set was checked. It opens a connection only when the job is not
-offline and the weights are timm's; it never moves a model to a device and never trains.
+Second part of a step, after the data set was checked. It opens a connection only when the job is
+not offline and the weights are timm's; it never moves a model to a device and never trains.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import safetensors
 import timm
 import torch
+from timm.data.config import resolve_model_data_config
 from torch import nn
 
 from qtt_core.hub import ModelCard
@@ -35,7 +36,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
-    """What to build. `drop` is the dropout before the classifier, `weights_cache` a folder or empty."""
+    """What to build; `drop` is the dropout before the classifier."""
 
     card: ModelCard
     num_classes: int
@@ -54,7 +55,7 @@ class BuildRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltModel:
-    """A pretrained model with a fresh head; `source_head` is the pretrained one when it was asked for.
+    """A pretrained model with a fresh head; `source_head` is the pretrained one, if asked for.
 
     `data_config` has the keys of timm's `resolve_model_data_config`; `weights_sha256` is empty when
     the digest is not known without reading gigabytes.
@@ -91,7 +92,7 @@ def build_model(request: BuildRequest, *, keep_pretrained: bool = False) -> Buil
 
 
 def rebuild_model(request: BuildRequest) -> BuiltModel:
-    """The same architecture without pretrained weights, for weights that a checkpoint will bring."""
+    """The same architecture without weights; a checkpoint will bring them."""
     _require_possible(request)
     model = _construct(request, pretrained=False, num_classes=request.num_classes, overlay=None)
     return BuiltModel(
@@ -194,6 +195,7 @@ def _construct(
     card, side = request.card, request.image_size
     if request.offline:
         _go_offline()
+    sized: dict[str, Any] = {"img_size": side} if card.fixed_size else {}
     try:
         return timm.create_model(
             card.tag,
@@ -203,7 +205,7 @@ def _construct(
             drop_rate=request.drop,
             pretrained_cfg_overlay=overlay,
             cache_dir=request.weights_cache or None,
-            **({"img_size": side} if card.fixed_size else {}),
+            **sized,
         )
     except (AssertionError, RuntimeError, ValueError) as error:
         if side == card.input_size:
@@ -232,7 +234,7 @@ def _published_classes(card: ModelCard) -> int:
 
 def _published_cfg(card: ModelCard) -> dict[str, Any]:
     config = timm.get_pretrained_cfg(card.tag, allow_unregistered=True)
-    return config.to_dict() if config is not None else {}
+    return dict(config.to_dict()) if config is not None else {}  # type: ignore[no-untyped-call]
 
 
 def _weights_error(card: ModelCard, error: OSError) -> EndedError:
@@ -255,11 +257,11 @@ def _go_offline() -> None:
 
 
 def _data_config(request: BuildRequest, model: nn.Module) -> dict[str, Any]:
-    """timm's data configuration at the training size; from the card for shipped weights."""
+    """Give timm's data configuration at the training size; from the card for shipped weights."""
     card, side = request.card, request.image_size
     size = (request.in_chans, side, side)
     if card.weights == "hub":
-        return {**timm.data.resolve_model_data_config(model), "input_size": size}
+        return {**resolve_model_data_config(model), "input_size": size}  # type: ignore[no-untyped-call]
     mean, std = NORMALISATIONS[card.normalisation]
     return {
         "input_size": size,

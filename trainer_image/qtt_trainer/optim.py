@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim._optim_factory import create_optimizer_v2
 from torch import nn
 
 from qtt_core.steps import Config
@@ -81,7 +81,7 @@ def _scales(model: nn.Module, config: Config, native: bool) -> dict[str, float]:
     if decay in (None, "none", 0):
         return {}
     minimum = NATIVE_MIN_SCALE if native else 0.0
-    return layer_scales(layer_groups(model), float(decay), minimum)  # type: ignore[arg-type]
+    return layer_scales(layer_groups(model), float(decay), minimum)
 
 
 def _is_plain(name: str, parameter: nn.Parameter, undecayed: set[str]) -> bool:

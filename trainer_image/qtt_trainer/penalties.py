@@ -1,4 +1,4 @@
-"""Regularisers that pull towards the pretrained model: L2-SP, DELTA, BSS, Co-Tuning (20-trainer 3.5-3.8).
+"""Regularisers towards the pretrained model: L2-SP, DELTA, BSS, Co-Tuning (20-trainer 3).
 
 | Symbol | Meaning | Shape |
 |---|---|---|
@@ -33,8 +33,8 @@ MAX_STAGES = 4
 def l2_sp(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """Sum of squares of w - w0 over (w, w0) pairs; its gradient at w = w0 is 0.
 
-    Source: Li et al., ICML 2018 (arXiv 1802.01483): alpha/2 times this. The public tool (compat) uses
-    alpha times it; there the caller's coefficient is twice as large.
+    Source: Li et al., ICML 2018 (arXiv 1802.01483): alpha/2 times this. The public tool (compat)
+    uses alpha times it; there the caller's coefficient is twice as large.
     """
     total = torch.zeros((), dtype=torch.float32)
     for weight, origin in pairs:
@@ -57,7 +57,8 @@ def pull_to_origin(
 def delta_pooled(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Mean over the batch of the squared L2 distance of pooled pre-logits, (B, D) each.
 
-    Source: Li et al., DELTA, ICLR 2019 (arXiv 1901.09229), unweighted ("behavioural"), as the public
+    Source: Li et al., DELTA, ICLR 2019 (arXiv 1901.09229), unweighted ("behavioural"), as the
+    public
     tool has it on one layer; the mean instead of its sum, which made the strength follow the batch.
     """
     return (student.float() - teacher.float()).square().sum(dim=1).mean()

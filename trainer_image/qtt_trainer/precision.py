@@ -79,7 +79,7 @@ def set_up_process(job: JobDocument, device: torch.device) -> None:
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use: affinity and the cgroup's quota, never the machine's count."""
+    """CPUs that this process may use: affinity and the cgroup's quota."""
     count = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()

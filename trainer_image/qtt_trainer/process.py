@@ -62,7 +62,7 @@ def locate(command: str, raw: object) -> Attempt:
         config=dict(config) if isinstance(config, Mapping) else {},
         attempt=_integer(fields, "attempt", 0),
         nonce=str(fields.get("nonce") or "")[:64],
-        metric=metric if metric in METRICS else "top1",
+        metric=metric if isinstance(metric, str) and metric in METRICS else "top1",
     )
     folder = None
     known = isinstance(root, str) and root and isinstance(uid, str) and _RUN_UID.fullmatch(uid)
@@ -149,7 +149,7 @@ def _failed(attempt: Attempt, error: Exception) -> Report:
     """The report of an error, and its line in the log; a traceback only for a bug of ours."""
     ended = classify(error)
     if ended.state is State.INTERNAL:
-        log.exception("internal error", exc_info=error)
+        log.error("internal error", exc_info=error)
     else:
         log.error("%s", ended)
     return _failure(attempt, ended)

@@ -1,6 +1,7 @@
 """What a job leaves behind: `result.json`, the termination message, progress (20-trainer 5.5-5.7).
 
-Pure shaping, and small files; without torch, so that failures before any import can be reported too.
+Pure shaping, and small files; without torch, so that failures before any import can be reported
+too.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def cached_result(stored: Mapping[str, Any], header: Header) -> dict[str, Any]:
 
 
 def encode_message(message: StepResult) -> str:
-    """The message's text. One that is too long keeps its identity and says so, as a bug (exit 70)."""
+    """The message's text; one that is too long becomes `internal` and says so."""
     try:
         return message.encode()
     except MessageError as error:
@@ -154,7 +155,7 @@ def encode_message(message: StepResult) -> str:
 
 
 def message_path() -> Path | None:
-    """Where the termination message goes: QTT_TERMINATION_LOG, or the kubelet's file if writable."""
+    """Where the message goes: QTT_TERMINATION_LOG, or the kubelet's file if writable."""
     named = os.environ.get("QTT_TERMINATION_LOG")
     if named:
         return Path(named)
@@ -163,7 +164,7 @@ def message_path() -> Path | None:
 
 
 def write_message(path: Path | None, text: str) -> None:
-    """Write the termination message in place: the kubelet's file is a mount and cannot be renamed."""
+    """Write the message in place: the kubelet's file is a mount and cannot be renamed."""
     if path is not None:
         path.write_text(text)
 

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of configuration, T and the absolute epoch or update (20-trainer 4.2).
+"""Learning rate as a pure function of configuration, T and the absolute update (20-trainer 4.2).
 
 Built last, after a checkpoint was loaded: timm's scheduler constructors rewrite every group's rate.
 Nothing here is saved; a resumed run computes the same numbers.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import create_scheduler_v2
 
 from qtt_core.steps import Config
 
@@ -36,10 +36,10 @@ class LearningRate:
         self.optimizer, self.config, self.horizon, self.native = optimizer, config, horizon, native
         self.base = float(config["lr"])  # type: ignore[arg-type]  # a number in every space
         self.plateau = config.get("sched") == "plateau"
-        self._scheduler = None if self.plateau else self._build()
+        self._scheduler: Any = None if self.plateau else self._build()
 
     def set_epoch(self, epoch: int, history: Sequence[float]) -> None:
-        """Before the first update of a (0-based) epoch; `history` holds the scores of those before."""
+        """Before the first update of a (0-based) epoch; `history`: the scores before it."""
         if self.plateau:
             factor = plateau_factor(
                 history[:epoch],
@@ -92,7 +92,7 @@ def effective_warmup(config: Config, epochs: int) -> int:
 
 
 def native_milestones(epochs: int) -> tuple[int, int]:
-    """60 and 85 % of T; timm's 90/180/270 lie beyond any T <= 50. Integer arithmetic: .6*T is not exact."""
+    """60 and 85 % of T; timm's 90, 180, 270 lie beyond most T."""
     return epochs * 6 // 10, epochs * 85 // 100
 
 

@@ -78,6 +78,7 @@ def serve(*, die_with_parent: bool = False) -> int:
     _emit({"event": "ready", "pid": os.getpid()})
     while server.closing_at is None or server.children:
         _turn(server)
+    gc.unfreeze()  # the interpreter's end finds objects by collecting
     return 0
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from qtt_core.steps import Config, State
@@ -68,7 +68,7 @@ class Penalties:
 
 @dataclass(slots=True, kw_only=True)
 class Session:
-    """A model under training. Counters are the loop's: `epoch` whole epochs, `batch` updates beyond."""
+    """A model under training: `epoch` whole epochs, `batch` updates beyond."""
 
     config: Config
     native: bool
@@ -163,7 +163,7 @@ class Session:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionRequest:
-    """What to assemble. `make_targets` and `make_relation` get what only exists once a model does."""
+    """What to assemble; `make_relation` gets P of co-tuning once a model exists."""
 
     config: Config
     native: bool
@@ -178,7 +178,7 @@ class SessionRequest:
 
 
 def assemble(request: SessionRequest) -> Session:
-    """A session before its first update. Torch's global generator must be seeded: the head is drawn.
+    """A session before its first update. Seed torch's global generator first: the head is drawn.
 
     Raises: EndedError, as `build_model`.
     """

@@ -10,7 +10,7 @@ activation of timm's `BatchNormAct2d` stay the same objects.
 from __future__ import annotations
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 PROBABILITY = 0.5
@@ -22,6 +22,7 @@ class StochNorm1d(nn.BatchNorm1d):
     stoch_p: float = PROBABILITY
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # torch's name
+        """As BatchNorm in eval mode."""
         return _normalise(self, input) if self.training else super().forward(input)
 
 
@@ -31,6 +32,7 @@ class StochNorm2d(nn.BatchNorm2d):
     stoch_p: float = PROBABILITY
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # torch's name
+        """As BatchNorm in eval mode."""
         return _normalise(self, input) if self.training else super().forward(input)
 
 
@@ -40,8 +42,9 @@ class StochNormAct2d(BatchNormAct2d):
     stoch_p: float = PROBABILITY
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As `BatchNormAct2d` in eval mode."""
         if not self.training:
-            return super().forward(x)  # type: ignore[no-any-return]  # timm is untyped here
+            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]  # untyped in timm
         return self.act(self.drop(_normalise(self, x)))  # type: ignore[no-any-return]
 
 
@@ -66,13 +69,13 @@ def convert_stoch_norm(model: nn.Module, names: frozenset[str], p: float = PROBA
         if target is None or not owned or module.running_mean is None:
             continue
         module.__class__ = target
-        module.stoch_p = p  # type: ignore[assignment]  # a float on a module
+        module.stoch_p = p
         converted += 1
     return converted
 
 
 def _normalise(layer: nn.modules.batchnorm._BatchNorm, x: torch.Tensor) -> torch.Tensor:
-    """One normalisation with the statistics chosen per channel; moving ones as before this update."""
+    """Normalise once, statistics chosen per channel; moving ones as before this update."""
     axes = [axis for axis in range(x.dim()) if axis != 1]
     wide = x.float()
     mean, variance = wide.mean(axes), wide.var(axes, unbiased=False)

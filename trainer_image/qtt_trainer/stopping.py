@@ -1,6 +1,7 @@
 """Signals and the wall clock of a job: flags that the training loop reads, and the way out.
 
-Installed before anything else: a Python process that is PID 1 ignores SIGTERM until it has a handler.
+Installed before anything else: a Python process that is PID 1 ignores SIGTERM until it has a
+handler.
 The first signal asks for an orderly end (checkpoint, exit 75); the second one leaves at once.
 """
 

@@ -1,7 +1,7 @@
 """Durable files: written with a digest, synced, and moved into place without replacing anything.
 
-Under `checkpoint` and `report`. Everything goes through Python file objects: saving to a *path* on a
-full disk ends in an opaque RuntimeError of torch, through a file object in `OSError ENOSPC`.
+Under `checkpoint` and `report`. Everything goes through Python file objects: saving to a *path* on
+a full disk ends in an opaque RuntimeError of torch, through a file object in `OSError ENOSPC`.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def move_without_replacing(source: Path, target: Path) -> bool:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a folder or file; what is gone already is no error. Links are removed, not followed."""
+    """Delete a folder or file; what is gone is no error, links are not followed."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     elif path.is_dir():

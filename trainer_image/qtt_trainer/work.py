@@ -1,6 +1,7 @@
 """A step under way: its job, data, identity and counters, before and beside the training loop.
 
-First half of the command `step` (20-trainer 1, positions 3 to 13); `step` itself trains and commits.
+First half of the command `step` (20-trainer 1, positions 3 to 13); `step` itself trains and
+commits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from qtt_core.errors import ABSENT, Fault, SpecError
 from qtt_core.hub import ModelCard, parse_card
 from qtt_core.jobs import JobDocument
 from qtt_core.steps import Config, State, digest
-from qtt_trainer import checkpoint, layout, loop, volume
+from qtt_trainer import checkpoint, layout, volume
 from qtt_trainer.checkpoint import CorruptCheckpointError, Found
 from qtt_trainer.context import Context
 from qtt_trainer.data import EvalSet
@@ -28,6 +29,7 @@ from qtt_trainer.endings import EndedError
 from qtt_trainer.inert import is_on
 from qtt_trainer.keys import key, key32
 from qtt_trainer.layout import ConfigFolder
+from qtt_trainer.loaders import EVAL_BATCH, eval_loader
 from qtt_trainer.mixing import plan_targets
 from qtt_trainer.model import BuildRequest, BuiltModel
 from qtt_trainer.penalties import load_relationship, relationship, store_relationship
@@ -254,13 +256,13 @@ def _relation(work: Work, built: BuiltModel) -> torch.Tensor:
     if cached is not None:
         return cached
     assert built.pretrained is not None
-    loader = loop.eval_loader(
-        eval_set(work, "train", built.data_config),
-        batch=loop.EVAL_BATCH,
-        workers=loader_workers(work.job, work.precision.device),
-        precision=work.precision,
-    )
     device = work.precision.device
+    loader = eval_loader(
+        eval_set(work, "train", built.data_config),
+        batch=EVAL_BATCH,
+        workers=loader_workers(work.job, device),
+        pin=device.type == "cuda",
+    )
     relation = relationship(
         built.pretrained.to(device), loader, num_classes=work.manifest.num_classes, device=device
     )
