@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from qtt_core.errors import StoreUnavailableError
+from qtt_core.errors import OptimizerError, StoreUnavailableError
 from qtt_core.ledger.fold import LedgerState, fold
 from qtt_core.plan import Identity, JobPhase, Plan
 from qtt_operator import local_start
@@ -43,7 +43,7 @@ from qtt_operator.stopping import (
 )
 from qtt_operator.store import RunLock
 from qtt_operator.timings import Trace
-from qtt_operator.turn import RunContext, moved, pause_seconds, run_turn
+from qtt_operator.turn import RunContext, moved, pause_seconds, run_turn, tell_the_rest
 
 log = logging.getLogger(__name__)
 
@@ -149,11 +149,11 @@ class _Runner:
             )
             if local_start.is_over(self._setup, state, identity, time.time()):
                 return await self._as_it_ended(identity)
-            self._backend.warm()
-            await self._optimizer.start()  # both import torch while the data set is read
             context = self._context(identity)
             left = local_start.orphans(identity.name, state, self._setup.spec.metric)
             self._backend.adopt(left, local_start.run_dir(self._setup.places, identity.uid))
+            self._backend.warm()
+            await self._optimizer.start()  # imports torch while the data set is read
             ending = await self._until_still(context)
         return self._finished(context, ending)
 
@@ -208,6 +208,8 @@ class _Runner:
             if context.call is not None:
                 context.call.cancel()
                 await asyncio.gather(context.call, return_exceptions=True)
+            with contextlib.suppress(OptimizerError):  # the recommendation is then an older one
+                await tell_the_rest(context)
             self._show(context)
 
     async def _turns(self, context: RunContext) -> Ending:

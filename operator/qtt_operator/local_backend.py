@@ -160,7 +160,8 @@ class LocalBackend:
     def adopt(self, orphans: Iterable[Orphan], run_dir: Path) -> int:
         """List the attempts of an earlier runner that left a trace on disk as ended jobs.
 
-        Processes of that runner are ended first, so that none of them can still write.
+        Processes of that runner are ended first, so that none of them can still write; hence
+        before `warm` and before the first job.
         Returns: how many were adopted; the planner creates the others anew.
         """
         self._end_leftovers()
@@ -275,6 +276,8 @@ class LocalBackend:
             job.progress = event
         elif event["event"] == "ended":
             self._ended(job, event)
+        elif event["event"] == "refused":
+            self._finish(job, JobEnd(exit_code=None, reason=f"refused: {event.get('message')}"))
 
     def _ended(self, job: _Job, event: ServeEvent) -> None:
         number = event.get("signal")

@@ -320,6 +320,15 @@ async def _tell(context: RunContext) -> None:
     context.view = replace(context.view, told=context.state.last_id)
 
 
+async def tell_the_rest(context: RunContext) -> None:
+    """Feed a loaded, idle optimizer what it was not told, so that its recommendation knows all.
+
+    For the end of a run: the planner tells only before it asks. Raises: OptimizerError.
+    """
+    if context.view.loaded and not context.view.busy and context.view.told != context.state.last_id:
+        await _tell(context)
+
+
 async def _ask(context: RunContext, action: p.Ask) -> None:
     started = time.monotonic()
     told = context.view.told
