@@ -104,7 +104,8 @@ class SearchSpace:
         if n < 1:
             return []
         self.configspace.seed(int(rng.integers(2**31)))
-        drawn = self.configspace.sample_configuration(size=n)
+        sample = self.configspace.sample_configuration
+        drawn = [sample()] if n == 1 else sample(size=n)  # with size 1 it returns no list
         return [self._leaving(dict(configuration)) for configuration in drawn]
 
     def canonical(self, config: Mapping[str, object]) -> Config:
@@ -286,6 +287,8 @@ def custom_space(
     try:
         raw = json.loads(text)
         cs = ConfigurationSpace.from_serialized_dict(raw)
+        if not len(cs):
+            raise ValueError("no hyperparameters")
     except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         remedy = (
             f"use the JSON that ConfigurationSpace.to_json writes ({type(error).__name__}: {error})"

@@ -7,11 +7,12 @@ value leaves as the equal member of the legal values: equal configurations have 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Sequence
 
-from qtt_core.fields import DECIMAL
 from qtt_core.steps import Scalar
 
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _WORDS: dict[str, bool] = {"true": True, "false": False}
 
 
@@ -62,7 +63,7 @@ def parse_value(text: str, legal: Sequence[Scalar], *, off: Scalar = None) -> Sc
     candidates: list[object] = [text]
     if text.lower() in _WORDS:
         candidates.append(_WORDS[text.lower()])
-    if DECIMAL.fullmatch(text):
+    if _NUMBER.fullmatch(text):
         candidates.append(float(text))
     for candidate in candidates:
         for member in legal:
