@@ -27,7 +27,10 @@ from qtt_operator.report import number, predicted, settings, shown
 from qtt_operator.snapshot import Snapshot
 
 LAST_RESULTS = 3
-WIDE = 100
+MOST_SLOTS = 16
+"""Rows of running steps at most; a terminal has few lines."""
+
+WIDE = 110
 """From this width on the settings of a running step are shown."""
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -77,8 +80,8 @@ def render(snapshot: Snapshot, width: int) -> RenderableType:
 
 
 def _title(snapshot: Snapshot, metric: Metric) -> Text:
-    """`digits · top1 ≥ 0.98 · Running`."""
-    title = Text(f" {snapshot.name} ", style="bold not dim")
+    """`digits · top1 ≥ 0.98 · Running 1m 43s`."""
+    title = Text(f"{snapshot.name} ", style="bold not dim")
     goal = snapshot.spec.objective.goal
     aim = (
         metric.name if goal is None else f"{metric.name} {'≥' if metric.maximise else '≤'} {goal:g}"
@@ -86,16 +89,19 @@ def _title(snapshot: Snapshot, metric: Metric) -> Text:
     title.append(f"· {aim} · ", style="not dim not bold")
     phase = "Draining" if snapshot.draining else snapshot.phase.value
     style = _PHASE_STYLE.get(snapshot.phase, "cyan")
-    title.append(f"{phase} ", style=f"{'yellow' if snapshot.draining else style} not dim")
+    title.append(phase, style=f"{'yellow' if snapshot.draining else style} not dim")
+    if snapshot.state.first_time:
+        end = snapshot.state.closed.time if snapshot.state.closed else snapshot.now
+        title.append(f" {clock(end - snapshot.state.first_time)}", style="dim not bold")
     return title
 
 
 def _subtitle(snapshot: Snapshot) -> Text:
-    """`QuickTune over 6 models · 2 × cpu`."""
+    """`QuickTune · 6 models · 2 slots`."""
     slots = f"{snapshot.slots} slot{'s' * (snapshot.slots > 1)}"
     models = f"{snapshot.models} model{'s' * (snapshot.models > 1)}"
     algorithm = snapshot.spec.optimizer.algorithm
-    return Text(f" {algorithm} · {models} · {slots} ", style="dim")
+    return Text(f"{algorithm} · {models} · {slots}", style="dim")
 
 
 # --- budget ---------------------------------------------------------------------------------------
@@ -169,23 +175,24 @@ def eta_seconds(snapshot: Snapshot) -> float | None:
 
 def _running(snapshot: Snapshot, metric: Metric, width: int) -> RenderableType:
     """One row per slot, empty slots included: the height must not change."""
-    table = Table(
-        box=None, padding=(0, 1, 0, 0), show_header=True, header_style="dim", expand=False
-    )
     wide = width + 4 >= WIDE
-    table.add_column("running", style="cyan", no_wrap=True, min_width=7)
-    model = 28 if wide else max(14, width - 58)
+    table = Table(
+        box=None, padding=(0, 2, 0, 0), show_header=True, header_style="dim", pad_edge=False
+    )
+    rest = width - 7 - 7 - 14 - 13 - 6 - 2 * (6 if wide else 5)
+    model = 22 if wide else max(12, rest)
+    table.add_column("running", style="cyan", no_wrap=True, width=7)
     table.add_column("model", no_wrap=True, width=model, overflow="ellipsis")
     if wide:
-        table.add_column("settings", no_wrap=True, width=width - 88, style="dim")
-    table.add_column("epochs", no_wrap=True, justify="right", min_width=6)
-    table.add_column("progress", no_wrap=True, min_width=14)
-    table.add_column("predicted", no_wrap=True, justify="right", min_width=13)
-    table.add_column("so far", no_wrap=True, justify="right", min_width=6)
-    shown_steps = snapshot.running[: max(1, min(snapshot.slots, 16))]
-    for step in shown_steps:
+        table.add_column("settings", no_wrap=True, width=max(10, rest - model), style="dim")
+    table.add_column("epochs", no_wrap=True, justify="right", width=7)
+    table.add_column("progress", no_wrap=True, width=14)
+    table.add_column("predicted", no_wrap=True, justify="right", width=13)
+    table.add_column("so far", no_wrap=True, justify="right", width=6)
+    steps = snapshot.running[: max(1, min(snapshot.slots, MOST_SLOTS))]
+    for step in steps:
         table.add_row(*_running_row(snapshot, step, metric, wide=wide))
-    for position in range(min(snapshot.slots, 16) - len(shown_steps)):
+    for position in range(min(snapshot.slots, MOST_SLOTS) - len(steps)):
         words = snapshot.doing if position == 0 else ""
         table.add_row(Text("–", style="dim"), Text(words, style="dim italic"))
     return table
@@ -318,7 +325,7 @@ def _footer(snapshot: Snapshot) -> Text:
     seen = len(snapshot.histories)
     failed = len(snapshot.state.failed)
     text = Text("tried    ", style="dim")
-    text.append(f"{seen} configurations", style="not dim")
+    text.append(f"{seen} configuration{'s' * (seen != 1)}", style="not dim")
     if failed:
         text.append(f", {failed} failed", style="not dim")
     if snapshot.state.infra_retries:

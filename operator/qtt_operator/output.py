@@ -114,7 +114,14 @@ def _table(
 
     if not records:
         return f"{empty}\n"
-    table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    headed = any(column.title for column in columns)
+    table = Table(
+        box=SIMPLE_HEAD if headed else None,
+        show_header=headed,
+        title=title or None,
+        title_justify="left",
+        pad_edge=False,
+    )
     for column in columns:
         table.add_column(
             column.title,
