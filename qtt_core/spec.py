@@ -8,7 +8,7 @@ import all public names from here. This module must import neither ConfigSpace, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qtt_core import spec_rules
@@ -110,7 +110,7 @@ def scan_manifest(raw: object) -> tuple[TuningRun | None, list[Fault]]:
     spec = read_spec(Fields(raw_spec, "spec", faults))
     wrong = {fault.field for fault in faults}  # their values are defaults now: not judged again
     faults.extend(f for f in spec_rules.cross_rules(spec) if f.field not in wrong)
-    faults.extend(_not_json(raw_spec, "spec"))
+    faults = _without_echoes([*faults, *_not_json(raw_spec, "spec")])
     run = TuningRun(
         name=name,
         namespace=namespace,
@@ -180,6 +180,19 @@ def _metadata(fields: Fields) -> tuple[str, str, dict[str, str]]:
         fields.raw(other)
     fields.refuse_unknown()
     return name, namespace, texts["annotations"]
+
+
+def _without_echoes(faults: Sequence[Fault]) -> list[Fault]:
+    """The faults without the further ones of a section that is missing or no mapping."""
+    kept: list[Fault] = []
+    broken: list[str] = []
+    for fault in faults:
+        if fault.field in broken or any(fault.field.startswith(f"{path}.") for path in broken):
+            continue
+        kept.append(fault)
+        if fault.expected in {"is required", "use a mapping of fields"}:
+            broken.append(fault.field)
+    return kept
 
 
 def _not_json(value: object, path: str) -> Iterator[Fault]:

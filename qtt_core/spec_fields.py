@@ -133,10 +133,8 @@ def _dataset(fields: Fields) -> Dataset:
 def _decimals(fields: Fields, name: str) -> dict[str, float]:
     values: dict[str, float] = {}
     for key, value in fields.mapping(name).items():
-        number = Fields({"value": value}, "", []).decimal("value")
-        if number is None:
-            fields.fault(f"{name}.{key}", value, 'use a quoted decimal such as "11788"')
-        else:
+        number = Fields({key: value}, fields.at(name), fields.faults).decimal(key)
+        if number is not None:
             values[key] = number
     return values
 
