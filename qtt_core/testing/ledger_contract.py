@@ -83,7 +83,7 @@ def opening(c: str = "3", frm: int = 0, to: int = 1, *, a: int = 0) -> Open:
 def result(c: str = "3", frm: int = 0, to: int = 1, *, a: int = 0, state: str = "ok") -> Done:
     """Its result: one score for every epoch."""
     epochs = tuple((epoch, 1 - 0.5**epoch, 0.25) for epoch in range(frm + 1, to + 1))
-    return Done(c=c, to=to, a=a, state=state, epochs=epochs, dev=1.235, ov=0.5, q=0.125)
+    return Done(c=c, to=to, a=a, state=state, epochs=epochs, dev=1.001, ov=0.5, q=0.125)
 
 
 def prepared(to: int = 1, *, a: int = 0) -> Prepared:
@@ -237,7 +237,7 @@ class LedgerContract:
             assert (await ledger.commit(retry, job="j1"))[0] is Reply.OLDATTEMPT
             assert (await ledger.commit(result(a=0)))[0] is Reply.OLDATTEMPT
             assert (await ledger.commit(result(a=1)))[0] is Reply.OK
-            assert (await ledger.counters())["charged_ms"] == 2000 + 1235
+            assert (await ledger.counters())["charged_ms"] == 2000 + 1001
 
         self.play(scenario)
 
@@ -380,6 +380,18 @@ class LedgerContract:
             ]  # fmt: skip
             assert (await ledger.counters())["charged_ms"] == 3500
             assert await ledger.configs() == {}
+            assert (await ledger.open(opening("prepare"), config=None, job="p"))[0] is Reply.DONE
+
+        self.play(scenario)
+
+    def test_prepare_is_done_whatever_key_its_end_was_noted_under(self) -> None:
+        """The step itself is marked, beside the note's key."""
+
+        async def scenario(writer: Writer) -> None:
+            ledger = await started(writer)
+            await ledger.open(opening("prepare"), config=None, job="p")
+            await ledger.note(prepared(), key="any")
+
             assert (await ledger.open(opening("prepare"), config=None, job="p"))[0] is Reply.DONE
 
         self.play(scenario)

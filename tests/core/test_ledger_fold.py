@@ -116,6 +116,18 @@ def test_a_diverged_done_counts_the_steps_it_consumed_and_closes_the_configurati
     assert state.retired == frozenset()
 
 
+def test_a_gap_that_diverged_when_it_was_trained_again_keeps_the_head() -> None:
+    """The checkpoint of epoch 3 was lost; the next job began again at 2 and diverged there."""
+    again = Done(c="7", to=5, a=0, state="diverged", epochs=((2, 0.1, 1.0),), dev=1.0)
+
+    state = fold(
+        numbered(run(), opened(to=3), done(to=3, epochs=curve(1, 3)), opened(frm=3, to=5), again)
+    )
+
+    assert state.heads == {"7": 3}
+    assert state.steps == 3 + 1
+
+
 def test_a_fail_counts_one_step_and_closes_the_configuration() -> None:
     state = fold(numbered(run(), opened(to=3), Fail(c="7", to=3, a=0, state="oom", dev=2.0)))
 
