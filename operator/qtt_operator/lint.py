@@ -22,6 +22,9 @@ from qtt_core.steps import Config
 from qtt_operator.manifest_file import read_manifest, scan_manifest
 
 
+_SPACE_REF = "spec.search.configSpaceRef"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedRun:
     """A run whose references were resolved; `initial` are canonical, in the manifest's order."""
@@ -31,6 +34,8 @@ class CheckedRun:
     """Limited to the run's models."""
     space: SearchSpace
     initial: tuple[Config, ...] = ()
+    space_definition: str = ""
+    """ConfigSpace's JSON of a `configSpaceRef`, for `OptimizerSetup.space_definition`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,20 +65,20 @@ class LintReport:
 
 
 def load_run(path: Path) -> TuningRun:
-    """The run of a manifest file, checked in full, for a run on this machine.
-
-    Raises: SpecError with every fault; also for a custom trainer, which is a container image.
-    """
-    run = load_checked(path).run
-    if run.spec.trainer.custom:
-        remedy = "a trainer of your own is an image: apply this manifest to a cluster"
-        raise SpecError([Fault("spec.trainer.custom", True, remedy)])
-    return run
+    """The run of a manifest file, checked as `load_checked` does. Raises: SpecError."""
+    return load_checked(path).run
 
 
 def load_checked(path: Path) -> CheckedRun:
-    """The run of a manifest file with its hub and space. Raises: SpecError with every fault."""
-    return check_run(spec.parse_manifest(read_manifest(path)), path.absolute().parent)
+    """The run of a manifest file with its hub and space, for a run on this machine.
+
+    Raises: SpecError with every fault; also for a custom trainer, which is a container image.
+    """
+    checked = check_run(spec.parse_manifest(read_manifest(path)), path.absolute().parent)
+    if checked.run.spec.trainer.custom:
+        remedy = "a trainer of your own is an image: apply this manifest to a cluster"
+        raise SpecError([Fault("spec.trainer.custom", True, remedy)])
+    return checked
 
 
 def lint_file(path: Path, mounts: Mapping[str, Path] | None = None) -> LintReport:
@@ -158,7 +163,7 @@ def choose_space(
         remedy = "acts on a named space only; change the file of configSpaceRef instead"
         raise SpecError([Fault("spec.search.overrides", dict(search.overrides), remedy)])
     return custom_space(
-        reference_text("spec.search.configSpaceRef", ref, beside),
+        reference_text(_SPACE_REF, ref, beside),
         hub,
         max_fidelity=fidelity.max,
         step=fidelity.step,
@@ -188,6 +193,10 @@ def local_notes(run: TuningRun, beside: Path, mounts: Mapping[str, Path]) -> lis
     """What a local run of this manifest ignores or still needs, one sentence each."""
     notes = []
     ignored = spec.cluster_only_fields(run)
+    checkpoint = run.spec.checkpoint
+    if checkpoint and checkpoint.claim_name in mounts:
+        used = {"spec.checkpoint.claimName", "spec.checkpoint.subPath"}
+        ignored = [path for path in ignored if path not in used]
     if ignored:
         notes.append(f"acts on a cluster only, ignored by `qtt run`: {', '.join(ignored)}")
     for claim in dict.fromkeys((run.spec.dataset.claim_name, run.spec.weights.claim_name)):
@@ -215,7 +224,12 @@ def _resolve(run: TuningRun, beside: Path) -> tuple[CheckedRun | None, list[Faul
     faults += more
     if faults:
         return None, faults
-    return CheckedRun(run=run, hub=hub, space=space, initial=initial), []
+    ref = run.spec.search.config_space_ref
+    definition = reference_text(_SPACE_REF, ref, beside) if ref else ""
+    checked = CheckedRun(
+        run=run, hub=hub, space=space, initial=initial, space_definition=definition
+    )
+    return checked, []
 
 
 def initial_configs(
