@@ -38,21 +38,22 @@ class Gap:
 
 def gaps(trace: Iterable[dict[str, Any]], steps_of: dict[tuple[str, str], int]) -> list[Gap]:
     """The gaps between consecutive step jobs of each slot, in the order of their ends."""
-    slot_of: dict[str, int] = {}
+    slots: dict[str, int] = {}
     started: dict[str, float] = {}
     waited: dict[str, float] = {}
     free_since: dict[int, float] = {}
     found = []
     for line in trace:
-        job = line.get("job", "")
+        job, event = line.get("job", ""), line["event"]
         name = STEP_JOB.search(job)
-        if line["event"] == "started":
-            slot_of[job], started[job] = line["slot"], line["now"]
-            if name and line["slot"] in free_since:
-                waited[job] = line["now"] - free_since[line["slot"]]
-        elif line["event"] == "ended" and job in slot_of:
-            free_since[slot_of[job]] = line["now"]
-            if name and job in waited:
+        if event == "started":
+            slots[job], started[job] = line["slot"], line["now"]
+            since = free_since.pop(line["slot"], None)
+            if name and since is not None:
+                waited[job] = line["now"] - since
+        elif event == "ended" and name and job in slots:
+            free_since[slots[job]] = line["now"]
+            if job in waited:
                 steps = steps_of.get((name["c"], name["to"]), 1)
                 work = line["now"] - started[job]
                 found.append(Gap(seconds=waited[job], steps=steps, work=work))

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from measure import DIGITS, MANIFEST, OUT, PREPARE, QTT, ledger_of, must_succeed, watch
+from measure import DIGITS, MANIFEST, OUT, PREPARE, QTT, Usage, ledger_of, must_succeed, watch
 
 ALGORITHMS = ("QuickTune", "Random")
 SHARDS = OUT / "quicktune_vs_random"
@@ -49,18 +49,34 @@ def manifest(algorithm: str, seed: int, seconds: int) -> dict[str, Any]:
 
 
 def curve(events: Sequence[Shard], seconds: float) -> list[tuple[float, float]]:
-    """(seconds since the first opened step, best validation error so far), up to `seconds`."""
+    """(seconds since the first opened step, best validation error so far), up to `seconds`.
+
+    A job reports its epochs together at its end; each counts from the moment it was scored, so that
+    an algorithm that trains eight epochs in a row is not judged by the last one only.
+    """
     opened = [event for event in events if event["k"] == "open" and event["c"].isdigit()]
     begun = _time(opened[0])
+    scored = sorted(
+        (at - begun, 1 - score)
+        for event in events
+        if event["k"] == "done"
+        for at, score in _moments(event)
+    )
     points, best = [], 1.0
-    for event in events:
-        if event["k"] != "done" or _time(event) - begun > seconds:
-            continue
-        top = max(score for _, score, _ in _epochs(event))
-        if 1 - top < best:
-            best = 1 - top
-            points.append((_time(event) - begun, best))
+    for at, error in scored:
+        if at <= seconds and error < best:
+            best = error
+            points.append((round(at, 2), best))
     return points
+
+
+def _moments(event: Shard) -> list[tuple[float, float]]:
+    """(time, score) of each epoch of a job: the job's end less the epochs that followed."""
+    at, moments = _time(event), []
+    for _, score, seconds in reversed(_epochs(event)):
+        moments.append((at, score))
+        at -= seconds
+    return moments
 
 
 def _epochs(event: Shard) -> list[list[float]]:
@@ -74,44 +90,55 @@ def _time(event: Shard) -> float:
 
 
 def run_one(algorithm: str, seed: int, seconds: int, cores: queue.Queue[int]) -> None:
-    """One run on a core of its own, then its shard."""
+    """One run on a core of its own, then its shard; nothing if the shard is there."""
     shard = shard_path(algorithm, seed, seconds)
     if shard.exists():
         return
+    work = SHARDS / f"{algorithm}-{seed}-work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     core = cores.get()
     try:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {core})  # of this thread; what it starts inherits it
-        work = SHARDS / f"{algorithm}-{seed}-work"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        raw = manifest(algorithm, seed, seconds)
-        (work / "tuningrun.yaml").write_text(yaml.safe_dump(raw))
-        mount = f"{raw['spec']['dataset']['claimName']}={DIGITS}"
-        options = ["--no-test", "--plain", "--devices", "cpu:1", "--mount", mount]
-        command = [QTT, "run", str(work / "tuningrun.yaml"), "--state-dir", str(work), *options]
-        usage = must_succeed(watch(command), f"{algorithm}, seed {seed}")
-        events = ledger_of(raw["metadata"]["name"], work)
+        usage, events = tune(manifest(algorithm, seed, seconds), work)
     finally:
         cores.put(core)
-    points = curve(events, seconds)
-    done = [event for event in events if event["k"] == "done"]
-    result = {
+    result = summary(events, seconds) | {
         "algorithm": algorithm,
         "seed": seed,
-        "seconds": seconds,
-        "best_error": points[-1][1] if points else 1.0,
-        "jobs": len(done),
-        "configurations": len({event["c"] for event in done}),
         "cpu_seconds": round(usage.cpu_seconds, 1),
         "wall_seconds": round(usage.wall_seconds, 1),
-        "curve": points,
     }
     draft = shard.with_suffix(".part")
     draft.write_text(json.dumps(result))
     draft.rename(shard)
     shutil.rmtree(work)
-    print(f"{algorithm:<10} seed {seed}: best error {result['best_error']:.4f}")
+    print(f"{algorithm:<10} seed {seed}: best error {result['best_error']:.4f}", flush=True)
+
+
+def tune(raw: dict[str, Any], work: Path) -> tuple[Usage, list[Shard]]:
+    """Run a manifest in a folder of its own; what it took, and its ledger."""
+    path = work / "tuningrun.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    mount = f"{raw['spec']['dataset']['claimName']}={DIGITS}"
+    options = ["--no-test", "--plain", "--devices", "cpu:1", "--mount", mount]
+    usage = watch([QTT, "run", str(path), "--state-dir", str(work), *options])
+    must_succeed(usage, raw["metadata"]["name"])
+    return usage, ledger_of(raw["metadata"]["name"], work)
+
+
+def summary(events: Sequence[Shard], seconds: int) -> Shard:
+    """What a run reached within its seconds, and by how much work."""
+    points = curve(events, seconds)
+    done = [event for event in events if event["k"] == "done"]
+    return {
+        "seconds": seconds,
+        "best_error": points[-1][1] if points else 1.0,
+        "jobs": len(done),
+        "configurations": len({event["c"] for event in done}),
+        "curve": points,
+    }
 
 
 def shard_path(algorithm: str, seed: int, seconds: int) -> Path:
