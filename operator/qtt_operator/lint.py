@@ -21,7 +21,6 @@ from qtt_core.spec import Reference, TuningRun
 from qtt_core.steps import Config
 from qtt_operator.manifest_file import read_manifest, scan_manifest
 
-
 _SPACE_REF = "spec.search.configSpaceRef"
 
 
