@@ -100,7 +100,7 @@ class SuccessiveHalving:
             choice = self._in_bracket(trials, candidates[start : start + size], levels)
             if choice is not None:
                 return choice
-        return None
+        return None if trials.pending() else _longest(trials)
 
     def _in_bracket(
         self, trials: Trials, bracket: Sequence[Trial], levels: Sequence[int]
@@ -202,7 +202,7 @@ def _longest(trials: Trials) -> Choice | None:
         return None
     best = min(started, key=lambda t: (-max(t.scores), t.config_id))
     end = next_rung(best.t, trials.max_fidelity, trials.step)
-    return Choice(config_id=best.config_id, fidelity_to=end, rule="asha, no fresh candidate left")
+    return Choice(config_id=best.config_id, fidelity_to=end, rule="no fresh candidate left: the best unfinished one")
 
 
 def _best(trials: Sequence[Trial], level: int, count: int) -> list[Trial]:

@@ -21,8 +21,8 @@ from qtt_core.trials import Trial
 CULPRITS: tuple[tuple[str, float], ...] = (
     ("lr", 9.0),  # [-1, 1] over three decades: half a decade counts as one deviation
     ("opt=", 0.7),
-    ("model", 0.7),
-    ("card:params", 2.0),
+    ("model", 2.0),
+    ("card:params", 6.0),
     ("batch_size", 1.0),
     ("clip_grad:off", 1.0),
     ("pct_to_freeze", 1.0),

@@ -34,7 +34,8 @@ def factor(covariance: Array) -> Array:
     log.warning(
         "a covariance of %d rows has no Cholesky factor; treated as diagonal", len(covariance)
     )
-    diagonal = np.nan_to_num(np.diag(covariance), nan=scale, posinf=scale)
+    fallback = scale if np.isfinite(scale) else 1.0
+    diagonal = np.nan_to_num(np.diag(covariance), nan=fallback, posinf=fallback)
     return np.diag(np.sqrt(np.maximum(diagonal, 1e-6)))
 
 

@@ -54,7 +54,8 @@ RISE_PER_E_FOLD = 0.4
 """Prior: logits won when training is e times as long."""
 GROWTH, PARENTS = 12, 4
 """Mutations added at every boundary, and the best configurations they come from."""
-GROWTH_LIMIT = 512
+GROWTH_LIMIT = 2
+"""The pool grows to this many times its size at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,7 +396,7 @@ class QuickTune:
         if self._fixed or count != boundary(count):
             return
         every = trials.all()
-        if len(every) >= self._options.pool_size + GROWTH_LIMIT:
+        if len(every) >= self._options.pool_size * GROWTH_LIMIT:
             return
         ran = sorted(
             (t for t in every if t.scores), key=lambda t: (-smoothed(t.scores)[1], t.config_id)

@@ -177,7 +177,7 @@ class Trials:
         Raises: UnknownConfigurationError; ObservationError if a field is out of range or order.
         """
         trial = self.trial(observation.config_id)
-        if not trial.opened:
+        if trial.config_id not in self._started:
             raise UnknownConfigurationError(
                 f"configuration {trial.config_id} was never proposed; tell results of proposals only"
             )

@@ -1,0 +1,481 @@
+"""The contract of 10-optimizer 5.1, for every algorithm: ask, tell, replay, finish."""
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ConfigSpace import CategoricalHyperparameter, ConfigurationSpace
+
+from qtt_core.errors import OptimizerError, UnknownConfigurationError
+from qtt_core.hub import load_hub
+from qtt_core.optimizer import ALGORITHMS, build, explain, replay
+from qtt_core.space import SearchSpace, build_space
+from qtt_core.steps import (
+    BudgetView,
+    Observation,
+    OptimizerSetup,
+    Options,
+    Outcome,
+    canonical_json,
+    event_from_json,
+    event_to_json,
+)
+from qtt_core.testing.curves import ToyTask, answer
+
+HUB = load_hub("timm24")
+SMALL = dataclasses.replace(HUB, cards=HUB.cards[-5:])
+META = {"n_train": 1000.0, "n_val": 200.0, "num_classes": 10.0}
+FAST = Options(pool_size=24)
+
+
+def make_setup(algorithm="QuickTune", max_fidelity=5, options=FAST, seed=3, **changes):
+    return OptimizerSetup(
+        **{
+            "algorithm": algorithm,
+            "space": "native",
+            "hub": {"name": "timm24", "cards": [card.to_json() for card in SMALL.cards]},
+            "max_fidelity": max_fidelity,
+            "step": 1,
+            "seed": seed,
+            "metafeatures": META,
+            "options": options,
+        }
+        | changes
+    )
+
+
+def make(algorithm="QuickTune", **changes):
+    return build(make_setup(algorithm, **changes))
+
+
+def make_task(max_fidelity=5, seed=0):
+    return ToyTask(seed=seed, hub=SMALL, max_fidelity=max_fidelity)
+
+
+def ok(proposal, score=0.5, seconds=1.0, upto=None):
+    stop = upto or proposal.fidelity_to
+    count = stop - proposal.fidelity_from
+    return Observation(
+        config_id=proposal.config_id,
+        fidelity=stop,
+        outcome=Outcome.OK,
+        scores=(score,) * count,
+        seconds=(seconds,) * count,
+    )
+
+
+def play(optimizer, task, results, *, workers=1, budget=None, seed=0):
+    """Ask, open and tell with workers that end in random order; returns the events."""
+    rng = random.Random(seed)
+    events, running = [], []
+    while results > 0:
+        optimizer.retract()
+        for proposal in optimizer.ask(workers - len(running), budget):
+            optimizer.opened(proposal)
+            events.append(proposal)
+            running.append(proposal)
+        if not running:
+            break
+        proposal = running.pop(rng.randrange(len(running)))
+        event = answer(task, proposal)
+        optimizer.tell(event)
+        events.append(event)
+        results -= 1
+    return events
+
+
+# --- asking -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_ask_four_is_four_times_ask_one(algorithm):
+    a, b = make(algorithm), make(algorithm)
+    task = make_task()
+    for optimizer in (a, b):
+        play(optimizer, task, 10)
+    together = a.ask(4)
+    assert together == [p for _ in range(4) for p in b.ask(1)]
+    assert len({p.config_id for p in together}) == 4
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_runs_to_the_end_of_its_pool_and_then_is_exhausted(algorithm):
+    """Upstream stopped once every candidate had been tried once (10-optimizer 11, 3)."""
+    optimizer = make(algorithm, max_fidelity=3, options=Options(pool_size=8, patience=100))
+    task = make_task(max_fidelity=3)
+    play(optimizer, task, 10_000)
+    assert optimizer.finished == "exhausted"
+    assert optimizer.ask(1) == []
+    if algorithm not in ("SuccessiveHalving", "QuickTune"):  # halving drops, QuickTune grows
+        assert all(t.failure or t.t == 3 for t in optimizer.trials.all())
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_initial_configurations_come_first_in_order(algorithm):
+    space = build_space("native", SMALL, max_fidelity=5)
+    wanted = tuple(space.canonical({"lr": lr, "drop": 0.3}) for lr in (1e-3, 1e-5, 1e-2))
+    optimizer = make(algorithm, options=Options(pool_size=24, initial_configs=wanted))
+    first = optimizer.ask(3)
+    assert [p.config for p in first] == [dict(config) for config in wanted]
+    assert [p.config_id for p in first] == [0, 1, 2]
+
+
+def test_quicktune_asks_for_the_default_first():
+    optimizer = make()
+    assert optimizer.ask(1)[0].config == build_space("native", SMALL, max_fidelity=5).default()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_nothing_is_asked_beyond_the_steps(algorithm):
+    optimizer = make(algorithm)
+    asked = optimizer.ask(50, BudgetView(total_steps=7, spent_steps=1, workers=50))
+    assert sum(p.fidelity_to - p.fidelity_from for p in asked) <= 6
+    for proposal in asked:
+        optimizer.tell(ok(proposal))
+    assert optimizer.ask(1, BudgetView(total_steps=7, spent_steps=7)) == []
+    assert optimizer.finished == "budget"
+    assert len(optimizer.ask(1, BudgetView(total_steps=9, spent_steps=7))) == 1
+    assert optimizer.finished is None
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_integer_steps_per_job_overrides_the_rung(algorithm):
+    optimizer = make(algorithm, options=dataclasses.replace(FAST, steps_per_job=2))
+    for _ in range(6):
+        proposal = optimizer.ask(1)[0]
+        assert proposal.fidelity_to in (proposal.fidelity_from + 2, 5)
+        optimizer.tell(ok(proposal))
+
+
+@pytest.mark.parametrize(("max_fidelity", "step"), [(1, 1), (4, 4), (7, 3)])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_proposals_keep_to_the_grid_of_steps(algorithm, max_fidelity, step):
+    optimizer = make(algorithm, max_fidelity=max_fidelity, step=step)
+    for _ in range(12):
+        for proposal in optimizer.ask(1):
+            end = proposal.fidelity_to
+            assert end % step == 0 or end == max_fidelity
+            assert proposal.fidelity_from < end <= max_fidelity
+            optimizer.tell(ok(proposal))
+
+
+def test_a_pool_of_one_is_enough():
+    cs = ConfigurationSpace()
+    cs.add(CategoricalHyperparameter("lr", [0.1]))
+    optimizer = ALGORITHMS["QuickTune"](SearchSpace.from_configspace(cs, 4), seed=0)
+    while proposals := optimizer.ask(1):
+        optimizer.tell(ok(proposals[0]))
+    assert optimizer.finished == "exhausted"
+    assert optimizer.recommend().config_id == 0
+
+
+def test_candidates_may_be_given_instead_of_drawn():
+    space = build_space("native", SMALL, max_fidelity=5)
+    configs = [space.canonical({"lr": lr}) for lr in (1e-5, 1e-4, 1e-3)]
+    optimizer = ALGORITHMS["QuickTune"](space, seed=0, hub=SMALL, candidates=configs)
+    play(optimizer, make_task(), 40)
+    assert len(optimizer.trials.all()) == 3
+
+
+# --- what ends a search -----------------------------------------------------------------------------
+
+
+def test_a_goal_ends_the_search():
+    optimizer = make(options=dataclasses.replace(FAST, goal=0.9))
+    optimizer.tell(ok(optimizer.ask(1)[0], 0.89))
+    assert optimizer.finished is None
+    optimizer.tell(ok(optimizer.ask(1)[0], 0.9))
+    assert optimizer.finished == "goal"
+    assert optimizer.ask(3) == []
+
+
+def test_a_hopeless_gain_ends_the_search():
+    task = make_task()
+    cheap = make(options=dataclasses.replace(FAST, min_gain_per_gpu_hour=1e-9))
+    greedy = make(options=dataclasses.replace(FAST, min_gain_per_gpu_hour=1e9))
+    play(cheap, task, 5)
+    play(greedy, task, 5)
+    assert cheap.finished is None
+    assert greedy.finished == "gain"
+
+
+def test_no_step_is_started_that_cannot_end_in_time():
+    optimizer = make(options=dataclasses.replace(FAST, steps_per_job=1))
+    for _ in range(3):
+        optimizer.tell(ok(optimizer.ask(1)[0], seconds=100.0))
+    assert optimizer.ask(1, BudgetView(total_seconds=1000.0, spent_seconds=999.0)) == []
+    assert optimizer.finished == "budget"
+    assert optimizer.ask(1, BudgetView(total_seconds=1000.0, spent_seconds=300.0))
+
+
+def test_open_jobs_keep_a_search_from_being_finished():
+    optimizer = make(max_fidelity=1, options=Options(pool_size=1))
+    count = len(optimizer.ask(10_000))
+    assert optimizer.ask(1) == []
+    assert optimizer.finished is None
+    assert count >= 1
+
+
+# --- failures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", [Outcome.DIVERGED, Outcome.OOM, Outcome.INFEASIBLE])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_when_everything_fails_it_ends_without_a_recommendation(algorithm, outcome):
+    optimizer = make(algorithm, options=Options(pool_size=12))
+    for _ in range(200):
+        for proposal in optimizer.ask(1):
+            optimizer.tell(
+                Observation(config_id=proposal.config_id, fidelity=proposal.fidelity_to, outcome=outcome)
+            )
+    assert optimizer.finished == "exhausted"
+    assert optimizer.recommend() is None
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_constant_scores_raise_nothing(score):
+    optimizer = make()
+    for _ in range(25):
+        for proposal in optimizer.ask(1):
+            optimizer.tell(ok(proposal, score))
+    assert optimizer.recommend().score == score
+
+
+def test_abandoned_configurations_come_back_and_retired_ones_do_not():
+    optimizer = make(options=Options(pool_size=1))
+    known = len(optimizer.trials.all())
+    for _ in range(known):
+        optimizer.abandon(optimizer.ask(1)[0].config_id)
+    assert optimizer.finished is None
+    for _ in range(known):
+        optimizer.abandon(optimizer.ask(1)[0].config_id, retire=True)
+    assert optimizer.finished == "exhausted"
+    with pytest.raises(UnknownConfigurationError):
+        optimizer.abandon(12345)
+
+
+# --- determinism ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_replay_equals_live_after_any_interleaving(algorithm, seed):
+    """Asks that were never opened, crashes included, must leave no trace."""
+    rng = random.Random(seed)
+    task, live, events = make_task(), make(algorithm), []
+
+    def record(event):
+        live.feed(event)
+        events.append(event)
+
+    running = []
+    for _ in range(28):
+        move = rng.random()
+        if move < 0.25:
+            live.ask(rng.randint(1, 3))  # asked, then "crashed" before anything was recorded
+        live.retract()
+        if move < 0.6 and len(running) < 4:
+            for proposal in live.ask(rng.randint(1, 2))[: rng.randint(0, 2)]:
+                record(proposal)
+                running.append(proposal)
+            live.retract()
+        elif running:
+            proposal = running.pop(rng.randrange(len(running)))
+            if move > 0.93:
+                record(event_from_json({"abandon": {"config_id": proposal.config_id, "retire": False}}))
+            else:
+                record(answer(task, proposal))
+
+    rebuilt = replay(make(algorithm), events)
+    assert rebuilt.ask(3) == live.ask(3)
+    assert rebuilt.recommend() == live.recommend()
+    assert rebuilt.finished == live.finished
+
+
+SCRIPT = """
+import json, sys
+from qtt_core.optimizer import build, replay
+from qtt_core.steps import OptimizerSetup, event_from_json
+raw = json.loads(sys.stdin.read())
+optimizer = replay(build(OptimizerSetup.from_json(raw["setup"])), map(event_from_json, raw["events"]))
+print(json.dumps([p.to_json() for p in optimizer.ask(4)]))
+"""
+
+
+@pytest.mark.parametrize("algorithm", ["QuickTune", "QuickTunePaper"])
+def test_replay_in_another_process_with_another_hash_seed_decides_the_same(algorithm):
+    live = make(algorithm)
+    events = play(live, make_task(), 18, workers=2)
+    raw = {
+        "setup": make_setup(algorithm).to_json(),
+        "events": [event_to_json(event) for event in events],
+    }
+    answers = [
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", SCRIPT],
+            input=json.dumps(raw),
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1", "PATH": ""},
+            cwd=Path(__file__).parents[2],
+        ).stdout
+        for seed in ("1", "77")
+    ]
+    live.retract()
+    assert answers[0] == answers[1]
+    assert json.loads(answers[0]) == json.loads(
+        json.dumps([proposal.to_json() for proposal in replay(make(algorithm), events).ask(4)])
+    )
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_without_cost_awareness_seconds_decide_nothing(algorithm):
+    def decisions(factor):
+        optimizer = make(algorithm, options=dataclasses.replace(FAST, cost_aware=False))
+        rng, found = random.Random(1), []
+        for step in range(20):
+            budget = BudgetView(total_steps=60, spent_steps=step)
+            for proposal in optimizer.ask(1, budget):
+                found.append((proposal.config_id, proposal.fidelity_to))
+                optimizer.tell(ok(proposal, rng.random(), seconds=factor * (1 + step)))
+        return found
+
+    assert decisions(1.0) == decisions(1e-3)
+
+
+def test_cost_awareness_reacts_to_prices():
+    def first_models(expensive):
+        optimizer = make(options=Options(pool_size=60))
+        used = []
+        for _ in range(14):
+            proposal = optimizer.ask(1)[0]
+            used.append(proposal.config["model"])
+            price = 500.0 if proposal.config["model"] == expensive else 1.0
+            optimizer.tell(ok(proposal, 0.5, seconds=price))
+        return used
+
+    names = [card.name for card in SMALL.cards]
+    counts = {name: first_models(name)[3:].count(name) for name in names[:2]}
+    base = {name: first_models(None)[3:].count(name) for name in names[:2]}
+    assert sum(counts.values()) < sum(base.values()) or sum(counts.values()) <= 2
+
+
+def test_warming_up_changes_no_answer():
+    task = make_task()
+    a, b = make(), make()
+    events = play(a, task, 17)
+    replay(b, events)
+    b.warm_up()
+    assert a.ask(2) == b.ask(2)
+
+
+def test_state_travels_as_json():
+    live = make()
+    play(live, make_task(), 12)
+    raw = json.loads(canonical_json(live.state()))
+    rebuilt = replay(make(), map(event_from_json, raw["events"]))
+    live.retract()
+    assert rebuilt.ask(2) == live.ask(2)
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def test_the_recommendation_is_not_the_luckiest_epoch():
+    optimizer = make(max_fidelity=4, options=dataclasses.replace(FAST, steps_per_job=4))
+    lucky, steady = optimizer.ask(2)
+    for proposal, scores in ((lucky, (0.1, 0.9, 0.1, 0.1)), (steady, (0.5, 0.6, 0.6, 0.6))):
+        optimizer.tell(dataclasses.replace(ok(proposal), scores=scores))
+    found = optimizer.recommend()
+    assert (found.config_id, found.score) == (steady.config_id, pytest.approx(0.6))
+    assert (found.best_observed.config_id, found.best_observed.score) == (lucky.config_id, 0.9)
+    assert found.n_val == 200
+
+
+@pytest.mark.parametrize("algorithm", ["QuickTune", "ASHA"])
+def test_forecasts_cover_the_epochs_to_come(algorithm):
+    optimizer = make(algorithm)
+    play(optimizer, make_task(), 9)
+    trial = next(t for t in optimizer.trials.all() if 0 < t.t < 5)
+    forecast = optimizer.forecast(trial.config_id)
+    assert forecast.epochs == tuple(range(trial.t + 1, 6))
+    assert all(0 <= mean <= 1 for mean in forecast.mean)
+    assert all(sd > 0 for sd in forecast.sd)
+    assert optimizer.forecast(0).epochs or optimizer.trials.trial(0).t == 5
+
+
+def test_explain_says_why():
+    optimizer = make()
+    play(optimizer, make_task(), 10)
+    text = explain(optimizer.ask(1)[0])
+    assert "predicted final score" in text
+    assert "% to finish" in text
+    assert text.endswith(".")
+
+
+def test_the_portfolio_says_that_it_has_no_prior():
+    optimizer = make("Portfolio")
+    optimizer.tell(ok(optimizer.ask(1)[0]))
+    assert "without a prior" in optimizer.ask(1)[0].why.rule
+
+
+def test_reservations_are_finite_and_positive():
+    optimizer = make()
+    budget = BudgetView(total_seconds=100.0, workers=4)
+    for proposal in optimizer.ask(4, budget):
+        assert 0 < proposal.expected_seconds <= 2.0
+        optimizer.tell(ok(proposal, seconds=3.0))
+    assert optimizer.ask(1, budget)[0].expected_seconds > 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"algorithm": "Magic"}, "use one of QuickTune"),
+        ({"algorithm": "External", "external": "nobody"}, "nobody"),
+    ],
+)
+def test_unknown_algorithms_are_named(changes, words):
+    with pytest.raises(OptimizerError, match=words):
+        build(make_setup(**changes))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"acquisition": "UCB"},
+        {"acquisition": "Thompson"},
+        {"acquisition": "Exploit"},
+        {"cost_aware": False},
+        {"cost_factor": 3.0},
+        {"init_random": 0},
+        {"init_random": 12},
+    ],
+    ids=str,
+)
+def test_every_switch_of_the_paper_s_rule_changes_the_outcome(options):
+    def decisions(chosen):
+        optimizer = make("QuickTunePaper", options=Options(pool_size=60, **chosen))
+        task, found = make_task(seed=2), []
+        for _ in range(22):
+            proposal = optimizer.ask(1)[0]
+            found.append(proposal.config_id)
+            optimizer.tell(answer(task, proposal))
+        return found
+
+    assert decisions(options) != decisions({})
+
+
+@pytest.mark.parametrize("options", [{"meta_learning": False}, {"grey_box": False}], ids=str)
+def test_every_switch_of_the_default_rule_changes_the_outcome(options):
+    def decisions(chosen):
+        optimizer = make(options=Options(pool_size=60, **chosen))
+        events = play(optimizer, make_task(seed=2), 12)
+        return [e.to_json() for e in events if hasattr(e, "fidelity_to")]
+
+    assert decisions(options) != decisions({})
