@@ -14,9 +14,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import qtt_core
+from qtt_operator import names
 
 TORCH = re.compile(r"(torch|torchvision|triton|nvidia-.*|cuda-.*)")
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".lua", ".json", ".cfg", ".sh", ""}
+
+OF_A_CLUSTER = {"CheckpointVolumeLost", "StoreLost"}
+"""Reasons that only the operator will give."""
 
 # Written in pieces, so that this file does not find itself.
 MACHINE_PATHS = [r"(?<![\w.])/" + folder for folder in ("work/", r"root/", r"home/\w", r"Users/\w")]
@@ -117,6 +121,22 @@ def test_the_core_package_re_exports_nothing(root, run):
     code = "import sys, qtt_core; print([m for m in sys.modules if m.startswith('qtt_core.')])"
 
     assert run([sys.executable, "-c", code], root).stdout.strip() == "[]"
+
+
+def test_a_manifest_may_name_exactly_the_algorithms_that_are_built():
+    from qtt_core import optimizer, spec  # here: it loads torch
+
+    assert set(spec.ALGORITHMS) == {*optimizer.ALGORITHMS, "External"}
+
+
+def test_every_reason_to_end_is_given_by_some_code(root):
+    sources = [*(root / "qtt_core").rglob("*.py"), *(root / "operator").rglob("*.py")]
+    text = "\n".join(path.read_text() for path in sources if path.name != "names.py")
+    reasons = {*names.COMPLETE_REASONS, *names.FAILED_REASONS}
+
+    given = {reason for reason in reasons if re.search(rf"""["']{reason}["']""", text)}
+
+    assert reasons - given == OF_A_CLUSTER
 
 
 @pytest.mark.parametrize("pattern", MACHINE_PATHS + REGISTRIES)
