@@ -394,4 +394,5 @@ def _template(fields: Fields) -> Mapping[str, Any]:
     metadata.refuse_unknown()
     fields.child("spec")
     fields.refuse_unknown()
-    return {name: fields.raw(name) for name in ("metadata", "spec") if fields.has(name)}
+    parts = {name: fields.raw(name) for name in ("metadata", "spec")}
+    return {name: part for name, part in parts.items() if isinstance(part, Mapping)}
