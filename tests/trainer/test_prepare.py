@@ -389,6 +389,34 @@ def test_a_pipe_named_like_an_image_does_not_hang(large, tmp_path):
     assert "train/0/pipe.png" in manifest.excluded
 
 
+def test_a_file_of_gigabytes_is_not_read(large, tmp_path):
+    with (large / "train/0/huge.png").open("wb") as file:
+        file.truncate((1 << 30) + 1)  # a hole: takes no disk
+
+    _, manifest = prepared(large, tmp_path)
+
+    assert "1 GiB" in manifest.excluded["train/0/huge.png"]
+
+
+def test_names_that_are_no_utf8_survive_the_manifest(data, tmp_path):
+    odd = os.fsdecode(b"caf\xe9.png")
+    shutil.copy(data / "train/0/000.png", data / "train/0" / odd)
+
+    _, manifest = prepared(data, tmp_path)
+
+    assert (f"train/0/{odd}", 0) in manifest.samples("train")
+    quick_check(manifest, data)
+
+
+def test_a_loop_of_links_is_reported_and_left_out(large, tmp_path):
+    (large / "train/0/loop.png").symlink_to(large / "train/0/loop.png")
+    (large / "train/loop").symlink_to(large / "train/loop")
+
+    _, manifest = prepared(large, tmp_path)
+
+    assert set(manifest.excluded) == {"train/0/loop.png"}
+
+
 def test_odd_but_readable_images_are_kept(data, tmp_path):
     folder = data / "train/0"
     Image.new("RGBA", (9, 9), (1, 2, 3, 4)).save(folder / "alpha.png")

@@ -23,7 +23,7 @@ from qtt_trainer.data_errors import BadDataError, DatasetChangedError
 from qtt_trainer.dataset_manifest import DatasetManifest, save_manifest
 from qtt_trainer.endings import EndedError
 from qtt_trainer.pretrained import missing_weights
-from qtt_trainer.scan import FoundFile, FoundSplit, QuickFacts, combine_edges, scan_split
+from qtt_trainer.scan import FoundFile, FoundSplit, QuickFacts, combine_edges, folders, scan_split
 from qtt_trainer.splits import (
     MAX_OVERLAP_SHARE,
     Assignment,
@@ -131,6 +131,7 @@ def scan(job: JobDocument, root: Path) -> Found:
         raise BadDataError(f"{task.in_chans} channels: images are read with 1 (grey) or 3 (RGB)")
     if not root.is_dir():
         raise BadDataError(f"{root}: the data set's folder does not exist or is no folder")
+    present = folders(root)
     train = scan_split(root, task.train_split)
     val = scan_split(root, task.val_split)
     if train and val and _same_folder(root, task.train_split, task.val_split):
@@ -144,7 +145,7 @@ def scan(job: JobDocument, root: Path) -> Found:
         val,
         names=(task.train_split, task.val_split),
         auto_split=task.auto_split,
-        present=_folders(root),
+        present=present,
         num_classes=task.num_classes,
     )
     assert train is not None, "checked by check_layout"
@@ -241,10 +242,6 @@ def _warnings(assignment: Assignment, verified: Verified, overlap: float) -> tup
 
 def _cards(job: JobDocument) -> list[ModelCard]:
     return [parse_card(raw) for raw in job.cards]
-
-
-def _folders(root: Path) -> list[str]:
-    return sorted(e.name for e in root.iterdir() if e.is_dir() and not e.name.startswith("."))
 
 
 def _same_folder(root: Path, first: str, second: str) -> bool:

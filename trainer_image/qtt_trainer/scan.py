@@ -73,13 +73,13 @@ def scan_split(root: Path, folder: str) -> FoundSplit | None:
     read.
     """
     top = root / folder
-    if not folder or not top.is_dir():
+    if not folder or not _is_folder(top):
         return None
     classes: dict[str, tuple[FoundFile, ...]] = {}
     loose: list[str] = []
     other = 0
     for entry in _entries(top):
-        if entry.is_dir():
+        if _is_folder(entry):
             found, foreign = _scan_class(root, Path(entry.path))
             classes[entry.name] = found
             other += foreign
@@ -88,6 +88,14 @@ def scan_split(root: Path, folder: str) -> FoundSplit | None:
         else:
             other += 1
     return FoundSplit(folder=folder, classes=classes, loose=tuple(loose), other=other)
+
+
+def folders(root: Path) -> list[str]:
+    """Names of the folders directly below `root`, hidden ones left out.
+
+    Raises: BadDataError if it cannot be read, DataUnreachableError if the volume fails.
+    """
+    return [entry.name for entry in _entries(root) if _is_folder(entry)]
 
 
 def fingerprint(root: Path, files: Iterable[FoundFile]) -> str:
@@ -139,7 +147,7 @@ def _scan_class(root: Path, folder: Path) -> tuple[tuple[FoundFile, ...], int]:
         if identity in ancestors:
             continue
         for entry in _entries(here):
-            if entry.is_dir():
+            if _is_folder(entry):
                 stack.append((Path(entry.path), ancestors | {identity}))
             elif _is_image_name(entry.name):
                 found.append(_found(root, entry))
@@ -167,6 +175,15 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise_storage(error, folder)
         raise BadDataError(f"{folder}: the folder cannot be read ({error.strerror})") from error
     return sorted(entries, key=lambda entry: entry.name)
+
+
+def _is_folder(entry: os.DirEntry[str] | Path) -> bool:
+    """Follows links; a loop of links or a closed door is no folder."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        raise_storage(error, Path(entry))
+        return False
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from qtt_trainer.data_errors import DecodeError
 from qtt_trainer.decode import check
 from qtt_trainer.scan import EDGE_BYTES, FoundFile, hash_edges, raise_storage
 
+MAX_BYTES = 1 << 30
 CHUNK = 64
 """Files a task: enough to hide the pool's own cost, few enough to spread over the threads."""
 
@@ -76,6 +77,8 @@ def _verify(root: Path, found: FoundFile) -> tuple[str, str, ImageFacts | str]:
     """(path, edge hash, facts or the reason of a fault) of one file."""
     if not found.regular:  # reading a pipe would wait for ever
         return found.path, "", "not a regular file, or a link to nothing"
+    if found.size > MAX_BYTES:
+        return found.path, "", f"{found.size} bytes exceed the limit of 1 GiB"
     path = root / found.path
     try:
         content = path.read_bytes()
