@@ -77,7 +77,7 @@ def glyph_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _make_folder(tmp_path_factory.mktemp("glyphs"), splits)
 
 
-# --- jobs ------------------------------------------------------------------------------------------
+# --- jobs ------------------------------------------------------------------------------
 
 Job = dict[str, Any]
 
@@ -176,7 +176,7 @@ RunInline = Callable[..., Ending]
 
 @pytest.fixture
 def run_inline() -> RunInline:
-    """`run_inline(job, command="step", stop=None)` -> Ending; the whole contract, in this process."""
+    """`run_inline(job, command="step", stop_after=None)` -> Ending: the contract, in process."""
 
     def run(job: Job, *, command: str = "step", stop_after: int | None = None) -> Ending:
         stop = Stop() if stop_after is None else StopAfter(stop_after)

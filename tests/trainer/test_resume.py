@@ -1,5 +1,5 @@
-"""A curve must not depend on where its jobs were cut: T epochs straight = T jobs of one epoch = stops
-at any update = a killed process that runs again. Weights and optimizer bit for bit on a CPU."""
+"""A curve must not depend on where its jobs were cut: T epochs straight = T jobs of one epoch =
+stops at any update = a killed process that runs again. Bit for bit on a CPU."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qtt_core.errors import QuickTuneError
-from qtt_core.steps import State
+from qtt_core.steps import State, digest
 from qtt_trainer import layout, volume
 from qtt_trainer.endings import EndedError
 from qtt_trainer.layout import ConfigFolder
@@ -50,8 +50,8 @@ class Label:
     meta: Mapping[str, Any]
 
     def to_json(self, files: Sequence[Written]) -> dict[str, Any]:
-        """The manifest."""
-        return {
+        """The manifest, with the digest of everything else in it."""
+        manifest = {
             "schema": SCHEMA,
             "fidelity": self.fidelity,
             "epoch": self.epoch,
@@ -64,6 +64,7 @@ class Label:
             "meta": dict(self.meta),
             "files": [file.to_json() for file in files],
         }
+        return manifest | {"digest": digest(manifest)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +152,7 @@ def _write_and_move(
             return None
         on_stage("renamed")
         volume.sync_folder(target.parent)
-    except OSError:
+    except (OSError, RuntimeError):
         volume.remove_tree(staging)
         raise
     on_stage("committed")
@@ -183,6 +184,8 @@ def verify(folder: Path) -> Found:
     if manifest is None or manifest.get("schema") != SCHEMA:
         raise CorruptCheckpointError(f"{folder}: no readable manifest of schema {SCHEMA}")
     try:
+        if digest({k: v for k, v in manifest.items() if k != "digest"}) != manifest["digest"]:
+            raise CorruptCheckpointError(f"{folder}: the manifest is not as it was written")
         for file in manifest["files"]:
             _verify_file(folder / str(file["name"]), int(file["bytes"]), str(file["sha256"]))
         int(manifest["epoch"]), int(manifest["batch"])

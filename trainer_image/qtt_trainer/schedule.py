@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.scheduler.multistep_lr import MultiStepLRScheduler
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 
 from qtt_core.steps import Config
@@ -66,9 +67,8 @@ class LearningRate:
         sched = self.config.get("sched")
         if sched in (None, "none"):
             sched = "cosine"  # upstream's None ran as cosine
-        milestones: Sequence[int] = UPSTREAM_MILESTONES
-        if self.native:
-            milestones = native_milestones(self.horizon.epochs)
+        if sched == "multistep" and self.native:
+            return self._multistep(warmup)
         scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched=str(sched),
@@ -77,11 +77,26 @@ class LearningRate:
             warmup_lr=float(self.config.get("warmup_lr") or 0.0),
             decay_epochs=float(self.config.get("decay_epochs") or 10),
             decay_rate=float(self.config.get("decay_rate") or 0.1),
-            decay_milestones=list(milestones),
+            decay_milestones=list(UPSTREAM_MILESTONES),
             step_on_epochs=not self.native,
             updates_per_epoch=self.horizon.updates_per_epoch,
         )
         return scheduler
+
+    def _multistep(self, warmup: int) -> MultiStepLRScheduler:
+        """Decay at the beginning of the milestones' epochs."""
+        updates = self.horizon.updates_per_epoch
+        # timm compares milestones with t + 1: one more makes the decay begin at t = milestone.
+        milestones = [m * updates + 1 for m in native_milestones(self.horizon.epochs)]
+        return MultiStepLRScheduler(
+            self.optimizer,
+            decay_t=milestones,
+            decay_rate=float(self.config.get("decay_rate") or 0.1),
+            warmup_t=warmup * updates,
+            warmup_lr_init=float(self.config.get("warmup_lr") or 0.0),
+            warmup_prefix=False,
+            t_in_epochs=False,
+        )
 
 
 def effective_warmup(config: Config, epochs: int) -> int:
@@ -92,8 +107,8 @@ def effective_warmup(config: Config, epochs: int) -> int:
 
 
 def native_milestones(epochs: int) -> tuple[int, int]:
-    """60 and 85 % of T; timm's 90, 180, 270 lie beyond most T."""
-    return epochs * 6 // 10, epochs * 85 // 100
+    """60 and 85 % of T, not before epoch 1; timm's 90, 180, 270 lie beyond most T."""
+    return max(1, epochs * 6 // 10), max(1, epochs * 85 // 100)
 
 
 def plateau_factor(history: Sequence[float], *, patience: int, rate: float) -> float:

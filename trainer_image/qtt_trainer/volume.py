@@ -43,13 +43,18 @@ class _HashingFile(io.RawIOBase):
         self._raw = raw
         self.sha = hashlib.sha256()
         self.size = 0
+        self.error: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self._raw.write(view)
+        try:
+            self._raw.write(view)
+        except OSError as error:
+            self.error = error
+            raise
         self.sha.update(view)
         self.size += view.nbytes
         return view.nbytes
@@ -62,7 +67,11 @@ def write_durably(path: Path, write: Callable[[IO[bytes]], None]) -> Written:
     """
     with path.open("xb") as raw:
         file = _HashingFile(raw)
-        write(file)  # type: ignore[arg-type]  # a RawIOBase serves as IO[bytes] for writers
+        try:
+            write(file)  # type: ignore[arg-type]  # a RawIOBase serves as IO[bytes] for writers
+        except RuntimeError as error:
+            # torch's writer, unwinding from a full disk, hides it behind an error of its own.
+            raise (file.error or error) from error
         raw.flush()
         os.fsync(raw.fileno())
     return Written(name=path.name, size_bytes=file.size, sha256=file.sha.hexdigest())
