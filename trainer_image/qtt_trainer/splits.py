@@ -7,7 +7,7 @@ class map is train's; val is mapped onto it by name. Training images never valid
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,28 +97,21 @@ def assign(
     """
     names = tuple(name for name, files in train.classes.items() if files)
     labels = {name: label for label, name in enumerate(names)}
-    warnings: list[str] = []
     pool = _samples(train, labels, broken)
     auto: AutoSplit | None = None
     if val is not None:
-        held, val_folder = _samples(val, labels, broken), val.folder
-        if auto_split is not None:
-            warnings.append(f"autoSplit has no effect: {val.folder} exists and is used")
+        held = _samples(val, labels, broken)
     else:
         assert auto_split is not None, "checked by check_layout"
         auto = AutoSplit(share=auto_split, seed=seed)
         pool, held = stratified(pool, auto_split, np.random.default_rng(seed))
-        val_folder = train.folder
+    val_folder = val.folder if val else train.folder
     if not held:
         raise BadDataError(
             f"no image is left to validate on in {val_folder}; add images, or raise autoSplit"
         )
     seen = {label for _, label in held}
     missing = tuple(name for label, name in enumerate(names) if label not in seen)
-    if missing:
-        warnings.append(
-            f"{len(missing)} of {len(names)} classes have no validation image: {_some(missing)}"
-        )
     return Assignment(
         class_names=names,
         splits={
@@ -127,7 +120,7 @@ def assign(
         },
         auto_split=auto,
         val_missing_classes=missing,
-        warnings=tuple(warnings),
+        warnings=tuple(_notes(val, auto_split, missing, len(names))),
     )
 
 
@@ -166,6 +159,15 @@ def raise_data_faults(faults: Sequence[str]) -> None:
     if len(faults) > len(shown):
         shown.append(f"and {len(faults) - len(shown)} more faults")
     raise BadDataError("\n".join(shown))
+
+
+def _notes(
+    val: FoundSplit | None, auto_split: float | None, missing: Sequence[str], classes: int
+) -> Iterator[str]:
+    if val is not None and auto_split is not None:
+        yield f"autoSplit has no effect: {val.folder} exists and is used"
+    if missing:
+        yield f"{len(missing)} of {classes} classes have no validation image: {_some(missing)}"
 
 
 def _class_faults(root: str, train: FoundSplit, num_classes: int | None) -> list[str]:
