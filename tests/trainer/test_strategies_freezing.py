@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ def test_more_is_frozen_with_a_larger_share_and_all_of_the_backbone_at_one(
     frozen = [frozen_names(model, share) for share in SHARES]
 
     assert frozen[0] == frozenset()
-    assert all(less <= more for less, more in zip(frozen, frozen[1:], strict=False))
+    assert all(less <= more for less, more in pairwise(frozen))
     assert frozen[-1] == {n for n, _ in model.named_parameters()} - head_names(model)
 
 
