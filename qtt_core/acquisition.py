@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import erfcx, ndtr
+from scipy.special import erfcx, ndtr  # type: ignore[import-untyped]  # SciPy ships no types
 
 from qtt_core.encoding import Array
 from qtt_core.trials import Trial
@@ -49,14 +49,16 @@ def log_h(z: Array) -> Array:
     bracket = np.where(middle < -100.0, series, np.maximum(1 - scaled, 1e-300))
     lower = -0.5 * middle**2 - LOG_ROOT_2PI + np.log(bracket)
     farthest = -0.5 * tail**2 - LOG_ROOT_2PI - 2 * np.log(-tail)
-    return np.where(z > -1.0, direct, np.where(z < FAR_TAIL, farthest, lower))
+    return np.asarray(np.where(z > -1.0, direct, np.where(z < FAR_TAIL, farthest, lower)))
 
 
 def expected_improvement(mean: Array, sd: Array, best: float | Array) -> Array:
-    """E[max(S - best, 0)], (n,). Source: DyHPO, arXiv 2202.09774, section 4.2, with the xi in z only
-    where the caller put it into `best` (upstream left it out of the first factor).
+    """E[max(S - best, 0)], (n,).
+
+    Source: DyHPO, arXiv 2202.09774, section 4.2; a xi belongs into `best`, so that it enters both
+    factors (upstream left it out of the first).
     """
-    return np.exp(log_expected_improvement(mean, sd, best))
+    return np.asarray(np.exp(log_expected_improvement(mean, sd, best)))
 
 
 def incumbent_at(trials: Sequence[Trial], fidelity: int, rule: str) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from qtt_core.hub import Hub
 from qtt_core.pool import generator
@@ -173,13 +174,13 @@ class Portfolio:
 
 
 def promotion(trials: Trials) -> Choice | None:
-    """The best configuration in the top third of a rung that was not promoted yet, highest rung first.
+    """The best configuration in the top third of a rung, not promoted yet; highest rung first.
 
     Scores are compared at the rung itself. Failed configurations count as beaten.
     """
     levels = rungs(trials.max_fidelity, trials.step)
     every = trials.all()
-    for level, target in reversed(list(zip(levels, levels[1:], strict=False))):
+    for level, target in reversed(list(pairwise(levels))):
         reached = [t for t in every if t.t >= level or _is_closed(t)]
         promotable = [
             t
@@ -202,7 +203,11 @@ def _longest(trials: Trials) -> Choice | None:
         return None
     best = min(started, key=lambda t: (-max(t.scores), t.config_id))
     end = next_rung(best.t, trials.max_fidelity, trials.step)
-    return Choice(config_id=best.config_id, fidelity_to=end, rule="no fresh candidate left: the best unfinished one")
+    return Choice(
+        config_id=best.config_id,
+        fidelity_to=end,
+        rule="no fresh candidate left: the best unfinished one",
+    )
 
 
 def _best(trials: Sequence[Trial], level: int, count: int) -> list[Trial]:

@@ -4,10 +4,12 @@ Read by the acquisition (price), by the deadline rule and as the reservation of 
 log-seconds throughout: the public tool z-scored seconds, never inverted them and clipped at 1e-6
 (10-optimizer 11, defect 2).
 
-    X   (n, D)   encoded configurations          w ~ N(m, diag(v))   weights, prior m and v by column
-    y   (n,)     mean log-seconds of an epoch    y = X w + b + e,    e ~ N(0, NOISE)
+    X   (n, D)   encoded configurations          w ~ N(m, diag(v))   weights, prior by column
+    y   (n,)     log of median epoch seconds     y = X w + b + e,    e ~ N(0, NOISE)
 
-    cov = (diag(1/v) + X'X / NOISE)^-1           mean = cov (m/v + X'y / NOISE)     Bishop, PRML, 3.50-3.51
+    cov = (diag(1/v) + X'X / NOISE)^-1           mean = cov (m/v + X'y / NOISE)
+
+Source: Bishop, Pattern Recognition and Machine Learning, equations 3.50 and 3.51.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ NOISE = 0.15**2
 """Variance of log-seconds between equal configurations: other load, other nodes."""
 
 UNKNOWN_SECONDS = 5.0
-"""Seconds of an epoch before anything was measured; one observation moves it wherever it belongs."""
+"""Seconds of an epoch before anything was measured; one result moves it where it belongs."""
 
 # Column prefix -> (prior mean, prior deviation) of its weight. Model and batch size explain 91 % of
 # the variance of log-seconds in the published runs; a frozen backbone needs no backward pass.
@@ -56,7 +58,7 @@ class CostModel:
     measured: int
 
     def epoch_seconds(self, trials: Sequence[Trial], rows: Array) -> Array:
-        """Seconds of one further epoch of each trial, (n,): its own where it has run, else predicted."""
+        """Seconds of one further epoch of each trial, (n,): its own once it has run."""
         predicted = np.exp(np.clip(_with_intercept(rows) @ self.mean, -12, 16))
         own = [median(trial.seconds) if trial.seconds else math.nan for trial in trials]
         return np.where(np.isnan(own), predicted, np.maximum(own, 1e-6))

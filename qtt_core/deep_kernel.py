@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, not in its __all__
 
 from qtt_core.encoding import Array
 from qtt_core.gaussian import factor, posterior
@@ -39,7 +40,7 @@ JITTER = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Inputs: configurations x (n, D) and curves (n, 2T + 1): values, mask, fidelity asked for / T."""
+    """Inputs: configurations x (n, D); curves (n, 2T + 1): values, mask, fidelity asked / T."""
 
     x: Array
     curve: Array
@@ -83,7 +84,7 @@ def embedding(weights: Weights, x: torch.Tensor, curve: torch.Tensor) -> torch.T
 
 
 def fit(weights: Weights, samples: Samples, y: Array, steps: int = STEPS) -> Weights:
-    """Weights after `steps` of Adam on the marginal likelihood; the old ones if numbers break down."""
+    """Weights after `steps` of Adam on the marginal likelihood; the old ones on a breakdown."""
     free = {name: value.clone().requires_grad_() for name, value in weights.items()}
     network = [free[name] for name in ("x", "curve", "head")]
     kernel = [free[name] for name in ("mean", "scale", "length", "noise")]
@@ -99,7 +100,7 @@ def fit(weights: Weights, samples: Samples, y: Array, steps: int = STEPS) -> Wei
                 raise FloatingPointError(f"loss {loss.item()}")
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             adam.step()
-    except (torch.linalg.LinAlgError, FloatingPointError) as error:
+    except (LinAlgError, FloatingPointError) as error:
         log.warning("fitting %d samples failed (%s); the start stands", len(y), error)
         return weights
     return {name: value.detach() for name, value in free.items()}
@@ -116,7 +117,8 @@ def _loss(
     lower = torch.linalg.cholesky(kernel + noise * torch.eye(len(target), dtype=torch.float64))
     residual = (target - weights["mean"])[:, None]
     alpha = torch.linalg.solve_triangular(lower, residual, upper=False)
-    return (0.5 * (alpha**2).sum() + lower.diagonal().log().sum()) / len(target)
+    loss: torch.Tensor = 0.5 * (alpha**2).sum() + lower.diagonal().log().sum()
+    return loss / len(target)
 
 
 class DeepKernel:

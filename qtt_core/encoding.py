@@ -1,8 +1,8 @@
 """Configurations as rows of numbers, by 10-optimizer 3.
 
-A pure function of (space, hub, metafeatures): no statistic is learned from the rows it encodes and
-columns never move. Cost, failure and curve models all read these rows. Every hyperparameter moves at
-least one column; a test perturbs each of them (the public tool sliced columns off unseen).
+A pure function of (space, hub, metafeatures): no statistic is learned from the rows it encodes
+and columns never move. Cost, failure and curve models all read these rows. Every hyperparameter
+moves at least one column; a test perturbs each (the public tool sliced columns off unseen).
 
     n   configurations
     D   columns
@@ -25,14 +25,25 @@ Array = NDArray[np.float64]
 Column = tuple[str, Callable[[Config], float]]
 
 LOGARITHMIC = frozenset(
-    ("lr", "weight_decay", "sp_reg", "delta_reg", "bss_reg", "cotuning_reg", "mixup", "cutmix")
-    + ("batch_size", "clip_grad", "warmup_lr")
+    (
+        "lr",
+        "weight_decay",
+        "sp_reg",
+        "delta_reg",
+        "bss_reg",
+        "cotuning_reg",
+        "mixup",
+        "cutmix",
+        "batch_size",
+        "clip_grad",
+        "warmup_lr",
+    )
 )
 """Hyperparameters whose effect goes with the logarithm; zero or off has a flag of its own."""
 
 REFERENCE_PIXELS = 224
 LOG_SPAN = 10.0
-"""A numeric choice whose largest value exceeds this many times its smallest is read by logarithm."""
+"""Numbers whose largest exceeds this many times the smallest are read by logarithm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +97,9 @@ def _values(space: SearchSpace, name: str, metafeatures: Mapping[str, float]) ->
     choices = space.legal(name)
     if choices is None:
         numeric = space.configspace[name]
-        low, high = float(numeric.lower), float(numeric.upper)
-        return _numeric(name, low, high, log=bool(numeric.log), flagged=False)
+        low, high = float(numeric.lower), float(numeric.upper)  # type: ignore[attr-defined]  # range
+        log = bool(numeric.log)  # type: ignore[attr-defined]  # only ranges have no choices
+        return _numeric(name, low, high, log=log, flagged=False)
     if len(choices) < 2:
         return []
     numbers = [float(c) for c in choices if isinstance(c, int | float) and not isinstance(c, bool)]
@@ -167,7 +179,7 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-# --- cards, derived quantities, data set -----------------------------------------------------------
+# --- cards, derived quantities, data set --------------------------------------------------
 
 
 def _card_columns(hub: Hub) -> list[Column]:

@@ -1,8 +1,8 @@
 """P(finish): the chance that a configuration trains to its end, by its likes.
 
-A Beta-smoothed count: every configuration that ran counts as a success or a failure, weighted by its
-similarity to the candidate; before anything failed the answer is the prior rate. Failures are facts
-about a configuration only (diverged, out of memory, infeasible); broken nodes never reach it.
+A Beta-smoothed count: every configuration that ran counts as a success or a failure, weighted by
+its similarity to the candidate; before anything failed the answer is the prior rate. Failures
+are facts about a configuration (diverged, out of memory, infeasible); broken nodes never reach it.
 
     X   (n, D)   encoded configurations that ran         y  (n,)  1 = trains, 0 = failed
     w   (m, n)   exp(-d^2 / 2), d over the columns that make training fail
@@ -42,7 +42,7 @@ LOCAL_STRENGTH = 1.0
 def probability_to_finish(
     encoder: Encoder, trials: Sequence[Trial], started: Array, candidates: Array
 ) -> Array:
-    """P(finish) of each candidate row, (m,), in (0, 1). `started` are the rows of `trials`, (n, D)."""
+    """P(finish) of each candidate row, (m,), in (0, 1); `started`: the rows of `trials`, (n, D)."""
     outcomes = np.array([0.0 if trial.failure is not None else 1.0 for trial in trials])
     rate = (PRIOR_SUCCESSES + outcomes.sum()) / (PRIOR_SUCCESSES + PRIOR_FAILURES + len(outcomes))
     if len(outcomes) == 0:
@@ -64,4 +64,4 @@ def _scale(encoder: Encoder) -> Array:
     ]
     if not any(found):
         found = [0.0 if name.startswith("data:") else 1.0 for name in encoder.columns]
-    return np.sqrt(np.array(found))
+    return np.asarray(np.sqrt(np.array(found)))

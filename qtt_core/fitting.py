@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, not in its __all__
 
 from qtt_core.encoding import Array
 from qtt_core.surrogate import (
@@ -55,7 +56,7 @@ def fit(
     problem = _Problem(start, member, x, prior_mean, rows, max_fidelity, rise)
     try:
         return problem.solve(steps)
-    except (torch.linalg.LinAlgError, FloatingPointError) as error:
+    except (LinAlgError, FloatingPointError) as error:
         log.warning("fitting %d rows failed (%s); prior parameters stand", len(rows.u), error)
         return start
 
@@ -116,7 +117,7 @@ class _Problem:
         """Negative log marginal likelihood plus the priors' penalties."""
         lower = torch.linalg.cholesky(self.covariance())
         alpha = torch.linalg.solve_triangular(lower, self.residual[:, None], upper=False)
-        nll = 0.5 * (alpha**2).sum() + lower.diagonal().log().sum()
+        nll: torch.Tensor = 0.5 * (alpha**2).sum() + lower.diagonal().log().sum()
         for name, value in self.free.items():
             nll = nll + 0.5 * (((value - self.logs[name]) / PRIOR_SD.get(name, 0.7)) ** 2).sum()
         for name, layer in self.layers.items():
@@ -138,12 +139,19 @@ class _Problem:
         shared = value["level_common"] + value["slope_common"] * self.hh
         shared = shared + kx * (1 + value["slope_x"] * self.hh)
         own = value["level_own"] + value["slope_own"] * self.hh + value["wiggle"] * self.ou
-        return shared + self.same * own + torch.diag(value["noise"] + self.noise + JITTER)
+        noise = torch.diag(value["noise"] + self.noise + JITTER)
+        covariance: torch.Tensor = shared + self.same * own + noise
+        return covariance
 
     def result(self) -> Parameters:
         value = {name: torch.exp(tensor).detach().numpy() for name, tensor in self.free.items()}
         scales = self.start.scales.copy()
         scales[scales > 0] = value["scales"]
-        layers = {name: layer.detach().numpy() for name, layer in self.layers.items()}
-        scalars = {name: float(value[name]) for name in SCALARS}
-        return replace(self.start, groups=value["groups"], scales=scales, **layers, **scalars)
+        return replace(
+            self.start,
+            groups=value["groups"],
+            scales=scales,
+            hidden=self.layers["hidden"].detach().numpy(),
+            head=self.layers["head"].detach().numpy(),
+            **{name: float(value[name]) for name in SCALARS},
+        )

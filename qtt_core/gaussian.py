@@ -11,7 +11,10 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg import (  # type: ignore[import-untyped]  # SciPy ships no types
+    cholesky,
+    solve_triangular,
+)
 
 from qtt_core.encoding import Array
 
@@ -22,7 +25,7 @@ JITTERS = (0.0, 1e-8, 1e-6, 1e-4, 1e-2)
 
 
 def factor(covariance: Array) -> Array:
-    """Lower Cholesky factor, (n, n); with more jitter where it needs it, diagonal as a last resort."""
+    """Lower Cholesky factor, (n, n); with jitter where it needs it, diagonal as a last resort."""
     scale = float(np.mean(np.diag(covariance))) if len(covariance) else 1.0
     for jitter in JITTERS:
         try:

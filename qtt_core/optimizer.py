@@ -1,9 +1,9 @@
 """The optimizer's contract (10-optimizer 5.1): ask, tell, recommend, replay.
 
-In the path of a step: the worker process feeds recorded events in and asks for proposals; the planner
-turns those into jobs. An ask is a pure function of (constructor arguments, events in order, its own
-arguments): no clock, no global random state, nothing remembered from earlier asks that were not
-opened. What differs between algorithms is one small rule object with `choose`.
+In the path of a step: the worker process feeds recorded events in and asks for proposals; the
+planner turns those into jobs. An ask is a pure function of (constructor arguments, events in order,
+its own arguments): no clock, no global random state, no memory of asks that were not opened. What
+differs between algorithms is one small rule object with `choose`.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Optimizer:
     # --- events ------------------------------------------------------------------------------
 
     def opened(self, proposal: Proposal) -> None:
-        """A proposal was recorded; idempotent. An unknown id is taken over with its configuration."""
+        """A proposal was recorded; idempotent. An unknown id brings its configuration."""
         self._events.append(proposal)
         self.trials.open(proposal)
 
@@ -187,7 +187,7 @@ class Optimizer:
         """At most n proposals of distinct configurations, each pending from now on.
 
         Sequential and greedy: `ask(4)` gives what four times `ask(1)` gives. An empty list means
-        nothing useful now; `finished` says whether that is final. Never raises for numerical reasons.
+        nothing useful now; `finished` says whether that is final. Numbers never make it raise.
         """
         budget = budget or BudgetView()
         proposals: list[Proposal] = []
@@ -347,7 +347,7 @@ class Optimizer:
         )
 
 
-# --- algorithms by name ----------------------------------------------------------------------------
+# --- algorithms by name -------------------------------------------------------------------
 
 Builder = Callable[..., Optimizer]
 
@@ -421,7 +421,7 @@ def setup_space(setup: OptimizerSetup) -> tuple[SearchSpace, Hub]:
 
 
 def build(setup: OptimizerSetup) -> Optimizer:
-    """The optimizer that a setup describes. Raises: SpecError; OptimizerError for an unknown name."""
+    """The optimizer that a setup describes. Raises: SpecError; OptimizerError (unknown name)."""
     space, hub = setup_space(setup)
     return _builder(setup)(
         space,

@@ -1,8 +1,8 @@
 """Quick-Tune's choice: expected improvement of the final score, chance to finish, cooled cost.
 
-The rule behind `ask` of the default optimizer (10-optimizer 5.5, 5.6). It reads the book, conditions
-the curve process on it, and scores every candidate at the horizon it can still reach. It must not
-remember anything that is not a memo of the told results.
+The rule behind `ask` of the default optimizer (10-optimizer 5.5, 5.6). It reads the book,
+conditions the curve process on it, and scores every candidate at the horizon it can still reach.
+It must not remember anything that is not a memo of the told results.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class QuickTune:
         budget: BudgetView,
         measured: bool,
     ) -> Array:
-        """Epoch that each candidate can still reach: 10-optimizer 5.5; t where not even one step fits."""
+        """Epoch that each candidate can still reach (10-optimizer 5.5); t if not one step fits."""
         t = np.array([trial.t for trial in every], dtype=np.float64)
         step = trials.step
         horizon = np.full(len(every), float(trials.max_fidelity))
@@ -174,7 +174,7 @@ class QuickTune:
         if remaining is not None and self._options.cost_aware and measured:
             fits = np.floor(remaining / (step * seconds))
             horizon = np.minimum(horizon, (t // step + fits) * step)
-        return np.maximum(horizon, t)
+        return np.asarray(np.maximum(horizon, t))
 
     def _open(self, trials: Trials, budget: BudgetView, scored: Scored) -> NDArray[np.bool_]:
         """Candidates that may be proposed: trainable, within the budget, not stagnating."""

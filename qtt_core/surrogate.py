@@ -1,8 +1,9 @@
-"""Learning curves of all configurations as one Gaussian process: the model of the default optimizer.
+"""Learning curves of all configurations as one Gaussian process: the default optimizer's model.
 
 Asked by `policy` for the score that each candidate will have reached at its horizon. It is a
-freeze-thaw model: one process over (configuration, epoch), so that a started curve, its siblings and
-the common course of training all inform a forecast. Works on squashed scores; never sees seconds.
+freeze-thaw model: one process over (configuration, epoch), so that a started curve, its siblings
+and the common course of training all inform a forecast. Works on squashed scores;
+never sees seconds.
 
     u = logit(a), a = (y - 1/C) / (1 - 1/C)          squashed score (10-optimizer 5.3)
     tau(t) = log t / log T in [0, 1],  h = 1 - tau    progress on a logarithmic clock; h = 0 at T
@@ -10,9 +11,9 @@ the common course of training all inform a forecast. Works on squashed scores; n
     k(x, x') = sum_g v_g k_g(x, x') + v_D exp(-|phi(x) - phi(x')|^2 / 2)
 
     k_g   one hyperparameter alone: main effects are learned from few curves
-    phi   deep embedding: weighted columns beside a small network (deep kernel learning, Wilson et
-          al., AISTATS 2016; DyHPO, arXiv 2202.09774): interactions, once there is data for them
-    A, B  each = common level + k(x, x') + an effect of the configuration itself;  w: Ornstein-Uhlenbeck
+    phi   deep embedding: weighted columns beside a small network (deep kernel learning, Wilson
+          et al., AISTATS 2016; DyHPO, arXiv 2202.09774): interactions, once data shows them
+    A, B  each = common level + k(x, x') + the configuration's own effect; w: Ornstein-Uhlenbeck
     noise = learned + binomial of n_val; predictions leave it out (epistemic deviation only)
 """
 
@@ -32,16 +33,16 @@ MAX_ROWS = 512
 """Observations the process is conditioned on at most; more are thinned, oldest epochs first."""
 
 LOWEST = 0.02
-"""Chance-corrected scores below it are all "at chance": the logit would make them differ by miles."""
+"""Chance-corrected scores below it all count as "at chance": the logit would tear them apart."""
 
 WIGGLE_LENGTH = 0.3
 """Correlation length of a curve's own wiggles, in tau."""
 
 MAIN_EFFECT_SCALE = 0.6
-"""Length scale of a main effect; columns lie in [-1, 1], a changed category is at distance 1.4."""
+"""Length scale of a main effect; columns lie in [-1, 1], another category is 1.4 away."""
 
 # Which hyperparameters matter, before anything is known: shares of explained variance in the public
-# Quick-Tune micro runs (10-optimizer 10) put model and learning rate first and most others near 1 %.
+# Quick-Tune micro runs (10-optimizer 10) put model and learning rate first, most others near 1 %.
 IMPORTANCE = {
     "model": 0.5,
     "card": 0.5,
@@ -67,7 +68,7 @@ class Squash:
     @property
     def highest(self) -> float:
         """The largest chance-corrected score kept apart from 1."""
-        return 1 - (1e-3 if self.n_val is None else 1 / (2 * max(self.n_val, 2.0)))
+        return 1.0 - (1e-3 if self.n_val is None else 1 / (2 * max(self.n_val, 2.0)))
 
     def to_u(self, score: Array) -> Array:
         """Score -> logit, clipped to what n_val can resolve."""
@@ -84,11 +85,12 @@ class Squash:
         return np.asarray((1 - self.chance) * a * (1 - a))
 
     def noise(self, u: Array) -> Array:
-        """Variance of u from counting n_val images (binomial, delta method); 0 if n_val is unknown."""
+        """Variance of u from counting n_val images (binomial, delta method); 0 if unknown."""
         if self.n_val is None:
             return np.zeros_like(u)
         y = np.clip(self.to_score(u), 0.5 / self.n_val, 1 - 0.5 / self.n_val)
-        return np.minimum(y * (1 - y) / self.n_val / np.maximum(self.slope(u), 1e-3) ** 2, 1.0)
+        variance = y * (1 - y) / self.n_val / np.maximum(self.slope(u), 1e-3) ** 2
+        return np.asarray(np.minimum(variance, 1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ class Parameters:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Observations: configuration (index into a list), epoch, squashed score, known noise; each (n,)."""
+    """Observations, each (n,): configuration (index into a list), epoch, score u, known noise."""
 
     index: NDArray[np.intp]
     epoch: Array
@@ -124,7 +126,7 @@ class Rows:
 
 
 def groups_of(encoder: Encoder) -> tuple[tuple[str, ...], NDArray[np.intp]]:
-    """Names of the groups, and each column's group (D,), -1 for the data set's (constant) columns."""
+    """Names of the groups; each column's group (D,), -1 for the (constant) data set columns."""
     names: list[str] = []
     member: list[int] = []
     for column in encoder.columns:
@@ -175,7 +177,7 @@ def main_effects(a: Array, b: Array, member: NDArray[np.intp], count: int) -> Ar
 def squared(a: Array, b: Array) -> Array:
     """Squared Euclidean distances, (n, m)."""
     distance = (a**2).sum(1)[:, None] + (b**2).sum(1)[None, :] - 2 * a @ b.T
-    return np.maximum(distance, 0.0)
+    return np.asarray(np.maximum(distance, 0.0))
 
 
 def embed(parameters: Parameters, x: Array) -> Array:
@@ -247,7 +249,7 @@ class CurveModel:
         """Mean and epistemic deviation of u, each (m,), for configurations at given epochs.
 
         kx (c, m): k between conditioning configurations and candidates; diagonal (m,): k(x, x);
-        identity (m,): index of the candidate among the conditioning configurations, -1 if it is none.
+        identity (m,): the candidate's index among the conditioning configurations, or -1.
         """
         tau = progress(epoch, self.max_fidelity)
         h2 = (1 - tau) ** 2

@@ -97,7 +97,8 @@ class Trials:
         """One candidate. Raises: UnknownConfigurationError."""
         if config_id not in self._trials:
             raise UnknownConfigurationError(
-                f"configuration {config_id} is unknown; known ids are 0..{max(self._trials, default=-1)}"
+                f"configuration {config_id} is unknown; "
+                f"known ids are 0..{max(self._trials, default=-1)}"
             )
         return self._trials[config_id]
 
@@ -179,7 +180,7 @@ class Trials:
         trial = self.trial(observation.config_id)
         if trial.config_id not in self._started:
             raise UnknownConfigurationError(
-                f"configuration {trial.config_id} was never proposed; tell results of proposals only"
+                f"configuration {trial.config_id} was never proposed; tell only what was"
             )
         if trial.failure is not None and observation.fidelity <= trial.failed_at:
             return False

@@ -1,8 +1,8 @@
 """The runner's side of an optimizer worker: start, ask, tell, and start again after a fault.
 
-Implements `turn.OptimizerPort`. Imports neither torch nor the worker: the worker is started by name
-and reached through pipes. Everything told is kept, so that a killed worker is rebuilt by replay; the
-same events give the same answers.
+Implements `turn.OptimizerPort`. Imports neither torch nor the worker: the worker is started by
+name and reached through pipes. Everything told is kept, so that a killed worker is rebuilt by
+replay; the same events give the same answers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class SpaceIdentity:
     space_sha: str
 
 
-class _WorkerLost(Exception):
+class _WorkerLostError(Exception):
     """The worker died, timed out or sent no frame: kill it and replay."""
 
 
@@ -123,7 +123,7 @@ class OptimizerClient:
     # --- the port ----------------------------------------------------------------------------
 
     async def describe(self, setup: OptimizerSetup) -> SpaceIdentity:
-        """Name and digest of the space that a setup describes. Raises: SpecError, OptimizerError."""
+        """Name and digest of a setup's space. Raises: SpecError, OptimizerError."""
         raw = await self._call("describe", {"setup": setup.to_json()}, loaded=False)
         return SpaceIdentity(space_id=raw["space_id"], space_sha=raw["space_sha"])
 
@@ -188,7 +188,7 @@ class OptimizerClient:
                     if loaded and not self._loaded:
                         await self._replay()
                     return await self._exchange(op, arguments)
-                except _WorkerLost as loss:
+                except _WorkerLostError as loss:
                     tail = " | ".join(self._stderr)
                     await self.close()
                     log.warning("optimizer worker lost in %s, strike %d: %s", op, strike, loss)
@@ -196,7 +196,8 @@ class OptimizerClient:
                     self._loaded = False  # a refused event may have been half of a batch: replay
                     raise
             raise OptimizerError(
-                f"the optimizer worker failed {STRIKES} times in {op!r}; its last words: {tail or 'none'}"
+                f"the optimizer worker failed {STRIKES} times in {op!r}; "
+                f"its last words: {tail or 'none'}"
             )
 
     async def _replay(self) -> None:
@@ -222,12 +223,12 @@ class OptimizerClient:
                 header = await process.stdout.readexactly(HEADER.size)
                 reply = decode(await process.stdout.readexactly(length(header)))
         except TimeoutError as error:
-            raise _WorkerLost(f"no answer within {limit:.0f} s") from error
+            raise _WorkerLostError(f"no answer within {limit:.0f} s") from error
         except (asyncio.IncompleteReadError, ConnectionError, OptimizerError) as error:
-            raise _WorkerLost(str(error) or type(error).__name__) from error
+            raise _WorkerLostError(str(error) or type(error).__name__) from error
         self._warm = True
         if reply.get("id") != self._counter:
-            raise _WorkerLost(f"reply {reply.get('id')!r} to request {self._counter}")
+            raise _WorkerLostError(f"reply {reply.get('id')!r} to request {self._counter}")
         if "error" in reply:
             raise error_from_json(reply["error"])
         result: dict[str, Any] = reply["ok"]

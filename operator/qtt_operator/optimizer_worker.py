@@ -1,8 +1,9 @@
 """An optimizer in a process of its own: the one module that loads torch (30-kubernetes 2.4).
 
-Started by name (`python -m qtt_operator.optimizer_worker`), never imported. Reads framed requests on
-standard input, answers on what was standard output; prints of libraries go to standard error. Ends
-with its parent. Holds nothing that the ledger does not: after a crash it is built again by replay.
+Started by name (`python -m qtt_operator.optimizer_worker`), never imported. Reads framed requests
+on standard input, answers on what was standard output; prints of libraries go to standard error.
+Ends with its parent. Holds nothing that the ledger does not: after a crash it is built again by
+replay.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Session:
         return {"position": self.position}
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Proposals from recorded events alone: earlier ones that were never opened are forgotten."""
+        """Proposals from recorded events alone: earlier ones never opened are forgotten."""
         began = time.perf_counter()
         self.optimizer.retract()
         proposals = self.optimizer.ask(request["n"], BudgetView(**request["budget"]))

@@ -1,9 +1,9 @@
 """A seeded family of made-up finetuning tasks: curves, seconds and failures of any configuration.
 
 For tests and benchmarks of the optimizers only. The shapes are those that real finetuning shows:
-rising, saturating, crossing (slow learners that win late), over-fitting, a warm-up that does nothing,
-divergence, noise, scores rounded to 1 / n_val, and seconds that span far more than 24 x. Nothing is
-fitted to data; a task is a pure function of its seed.
+rising, saturating, crossing (slow learners that win late), over-fitting, a warm-up that does
+nothing, divergence, noise, scores rounded to 1 / n_val, and seconds that span far more than 24 x.
+Nothing is fitted to data; a task is a pure function of its seed.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class ToyTask:
         card = self.hub.card(str(config["model"]))
         share = 0.35 + 0.65 * trainable_share(config)
         batch = 1 + 4 / float(config.get("batch_size") or 32)
-        return 1e-3 * self.n_train * (0.3 + card.gmacs**0.75) * share * batch
+        compute = 0.3 + math.pow(card.gmacs, 0.75)
+        return 1e-3 * self.n_train * compute * share * batch
 
     # --- the landscape -----------------------------------------------------------------------
 
@@ -130,12 +131,12 @@ class ToyTask:
         return 1 + int(rng.integers(max(1, self.max_fidelity // 3)))
 
 
-# --- simulated runs --------------------------------------------------------------------------------
+# --- simulated runs -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trajectory:
-    """True score of the recommended checkpoint after each result, by seconds of device time spent."""
+    """True score of the recommended checkpoint after each result, by device seconds spent."""
 
     seconds: tuple[float, ...]
     scores: tuple[float, ...]

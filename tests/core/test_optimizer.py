@@ -181,7 +181,7 @@ def test_candidates_may_be_given_instead_of_drawn():
     assert len(optimizer.trials.all()) == 3
 
 
-# --- what ends a search -----------------------------------------------------------------------------
+# --- what ends a search -------------------------------------------------------------------
 
 
 def test_a_goal_ends_the_search():
@@ -230,7 +230,9 @@ def test_when_everything_fails_it_ends_without_a_recommendation(algorithm, outco
     for _ in range(200):
         for proposal in optimizer.ask(1):
             optimizer.tell(
-                Observation(config_id=proposal.config_id, fidelity=proposal.fidelity_to, outcome=outcome)
+                Observation(
+                    config_id=proposal.config_id, fidelity=proposal.fidelity_to, outcome=outcome
+                )
             )
     assert optimizer.finished == "exhausted"
     assert optimizer.recommend() is None
@@ -286,7 +288,9 @@ def test_replay_equals_live_after_any_interleaving(algorithm, seed):
         elif running:
             proposal = running.pop(rng.randrange(len(running)))
             if move > 0.93:
-                record(event_from_json({"abandon": {"config_id": proposal.config_id, "retire": False}}))
+                record(
+                    event_from_json({"abandon": {"config_id": proposal.config_id, "retire": False}})
+                )
             else:
                 record(answer(task, proposal))
 
@@ -301,7 +305,8 @@ import json, sys
 from qtt_core.optimizer import build, replay
 from qtt_core.steps import OptimizerSetup, event_from_json
 raw = json.loads(sys.stdin.read())
-optimizer = replay(build(OptimizerSetup.from_json(raw["setup"])), map(event_from_json, raw["events"]))
+optimizer = build(OptimizerSetup.from_json(raw["setup"]))
+replay(optimizer, map(event_from_json, raw["events"]))
 print(json.dumps([p.to_json() for p in optimizer.ask(4)]))
 """
 

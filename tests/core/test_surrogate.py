@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from qtt_core.deep_kernel import DeepKernel, Samples, curve_row, fit as fit_deep, start
+from qtt_core.deep_kernel import DeepKernel, Samples, curve_row, start
+from qtt_core.deep_kernel import fit as fit_deep
 from qtt_core.encoding import build_encoder
 from qtt_core.fitting import fit
 from qtt_core.gaussian import factor, posterior
@@ -35,7 +36,12 @@ def data(count=12, epochs=4, seed=0):
     index = np.repeat(np.arange(count), epochs)
     epoch = np.tile(np.arange(1.0, epochs + 1), count)
     lr = x[:, ENCODER.columns.index("lr")]
-    u = 1.5 - 2 * lr[index] ** 2 - 1.0 * (1 - progress(epoch, T)) + 0.05 * rng.normal(size=len(epoch))
+    u = (
+        1.5
+        - 2 * lr[index] ** 2
+        - 1.0 * (1 - progress(epoch, T))
+        + 0.05 * rng.normal(size=len(epoch))
+    )
     return x, Rows(index=index.astype(np.intp), epoch=epoch, u=u, noise=np.zeros(len(u)))
 
 
@@ -47,7 +53,9 @@ def predict(model, x, identity, epoch):
     kx = config_kernel(model.parameters, MEMBER, model.x, x)
     diagonal = np.full(len(x), model.parameters.deep + model.parameters.groups.sum())
     level = np.full(len(x), 0.5)
-    return model.predict(kx, np.asarray(identity, dtype=np.intp), level, diagonal, np.asarray(epoch))
+    return model.predict(
+        kx, np.asarray(identity, dtype=np.intp), level, diagonal, np.asarray(epoch)
+    )
 
 
 def test_predictions_agree_with_a_dense_inverse():
@@ -104,9 +112,7 @@ def test_without_data_the_prior_answers():
 
 def test_fitting_explains_held_out_configurations_better():
     x, rows = data(30)
-    parameters = fit(
-        PRIOR, MEMBER, x, np.full(30, 0.5), rows, max_fidelity=T, rise=0.9
-    )
+    parameters = fit(PRIOR, MEMBER, x, np.full(30, 0.5), rows, max_fidelity=T, rise=0.9)
     held_x, held = data(40, seed=3)
     last = np.flatnonzero(held.epoch == 4)
 
