@@ -12,7 +12,7 @@ from typing import Any
 
 from qtt_core.history import ConfigHistory, Standing, histories
 from qtt_core.ledger.events import Done, Event, Open, is_pseudo
-from qtt_core.steps import METRICS, Config, Metric, Recommendation, Why
+from qtt_core.steps import METRICS, Config, Metric, Why
 from qtt_operator.names import checkpoint_folder
 
 KEY_SETTINGS = (
@@ -235,7 +235,7 @@ def why_it_won(
     winner: Row,
     metric: Metric,
     spent_seconds: float,
-    recommendation: Recommendation | None = None,
+    n_val: int = 0,
 ) -> str:
     """One sentence: who proposed the winner, what was predicted, what came, and at what price."""
     why = _first_why(events, winner.config_id)
@@ -251,8 +251,8 @@ def why_it_won(
         ahead = (runner_up.score or 0.0) > (winner.score or 0.0)
         role = "a single better measurement, within the noise, came from" if ahead else "runner-up:"
         sentence += f"; {role} {other} with {shown(runner_up.value, metric)}"
-    if recommendation is not None and recommendation.n_val:
-        sentence += f" ({recommendation.n_val} validation images)"
+    if n_val:
+        sentence += f" ({n_val} validation images)"
     return sentence + "."
 
 

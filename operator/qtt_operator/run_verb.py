@@ -145,7 +145,7 @@ async def _report(finished: Finished, view: View, *, test: bool) -> _Report:
         winner=winner,
         metric=metric,
         spent_seconds=context.state.charged_seconds,
-        recommendation=context.recommendation,
+        n_val=context.state.prepared.n_val if context.state.prepared else 0,
     )
     return _Report(
         rows=rows,

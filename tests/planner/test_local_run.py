@@ -1,0 +1,298 @@
+"""Whole local runs: real runner, store, optimizer worker and processes; a trainer without torch."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+HERE = Path(__file__).parent
+QTT = (sys.executable, "-m", "qtt_operator")
+DEADLINE = 60.0
+
+
+def manifest(folder, **spec):
+    """A manifest whose run decides by scores alone, so that it repeats itself."""
+    (folder / "images" / "test").mkdir(parents=True, exist_ok=True)
+    raw = {
+        "apiVersion": "quicktune.dev/v1alpha1",
+        "kind": "TuningRun",
+        "metadata": {"name": "toy"},
+        "spec": {
+            "dataset": {"claimName": "images"},
+            "search": {"space": "native", "hub": "tiny", "poolSize": 12},
+            "fidelity": {"max": 3, "stepsPerJob": 1},
+            "optimizer": {"algorithm": "FreezeThawRandom", "seed": 5, "costAware": False},
+            "budget": {"maxSteps": 6},
+            **spec,
+        },
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def wait_for_start(runner, number):
+    """Wait until this many jobs (prepare is the first) have been started by their parent."""
+    deadline = time.monotonic() + DEADLINE
+    while (runner.folder / "trace.jsonl").read_text().count('"started"') < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class Runner:
+    """`toy_run.py` on one manifest and state folder."""
+
+    def __init__(self, folder, **spec):
+        self.manifest = manifest(folder, **spec)
+        self.state = folder / "state"
+        self.folder = self.state / "toy"
+        self.processes = []
+
+    def close(self):
+        for process in self.processes:
+            process.kill()
+            process.wait(timeout=DEADLINE)
+            process.stdout.close()
+            process.stderr.close()
+
+    def start(self, *options, seconds_per_epoch=0.02):
+        command = [sys.executable, str(HERE / "toy_run.py"), str(self.manifest), str(self.state)]
+        env = {**os.environ, "TOY_SECONDS": str(seconds_per_epoch), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [*command, *options],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.processes.append(process)
+        return process
+
+    def run(self, *options, **environment):
+        process = self.start(*options, **environment)
+        out, err = process.communicate(timeout=DEADLINE)
+        return process.returncode, out, err
+
+    def ledger(self):
+        done = subprocess.run(
+            [*QTT, "ledger", "export", "toy", "-", "--state-dir", str(self.state)],
+            capture_output=True, text=True, check=True, timeout=DEADLINE,
+        )  # fmt: skip
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def sequence(self):
+        """(configuration, epoch, score) in the order of the ledger."""
+        header, *events = self.ledger()
+        return [
+            (json.dumps(header["configs"][event["c"]], sort_keys=True), epoch, score)
+            for event in events
+            if event["k"] == "done"
+            for epoch, score, _ in json.loads(event["epochs"])
+        ]
+
+    def trained(self):
+        (path,) = self.folder.glob("runs/*/trained.txt")
+        return path.read_text().splitlines()
+
+
+def wait_for(process, words):
+    """Read the process's lines until one holds the words."""
+    deadline = time.monotonic() + DEADLINE
+    for line in process.stderr:
+        if words in line:
+            return line
+        assert time.monotonic() < deadline
+    raise AssertionError(f"ended without saying {words!r}")
+
+
+@pytest.fixture
+def make_runner(tmp_path):
+    made = []
+
+    def make(**spec):
+        made.append(Runner(tmp_path, **spec))
+        return made[-1]
+
+    yield make
+    for runner in made:
+        runner.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    runner = Runner(tmp_path_factory.mktemp("undisturbed"))
+    yield runner, runner.run()
+    runner.close()
+
+
+@pytest.fixture
+def copy_of_the_ended(make_runner, undisturbed):
+    def make(**spec):
+        runner = make_runner(**spec)
+        shutil.copytree(undisturbed[0].state, runner.state)
+        return runner
+
+    return make
+
+
+def test_a_run_ends_complete_with_leaderboard_checkpoint_test_score_and_reason(undisturbed):
+    runner, (code, out, err) = undisturbed
+
+    assert code == 0, err
+    assert "BudgetExhausted: 6 of 6 steps used" in out
+    (path,) = [line.split(": ", 1)[1] for line in out.splitlines() if "best checkpoint:" in line]
+    assert (Path(path) / "manifest.json").is_file()
+    assert "top1 on the test split, never used in the search: 0.7500" in out
+    assert "was proposed by" in out.splitlines()[-1]
+    assert len(runner.trained()) == 6
+
+
+def test_running_a_complete_run_again_only_reports(undisturbed):
+    runner, (_, out, _) = undisturbed
+
+    code, again, err = runner.run()
+
+    assert code == 0, err
+    assert again.splitlines()[-3:] == out.splitlines()[-3:]
+    assert len(runner.trained()) == 6
+
+
+def test_status_file_says_what_the_ledger_says(undisturbed):
+    runner, _ = undisturbed
+
+    status = yaml.safe_load((runner.folder / "status.yaml").read_text())
+
+    assert (status["phase"], status["consumed"]["steps"]) == ("Completed", 6)
+
+
+def test_a_runner_killed_again_and_again_ends_with_the_undisturbed_sequence(
+    make_runner, undisturbed
+):
+    """Nothing is told or charged twice: every step has one result, every epoch was told once."""
+    runner = make_runner()
+    for words in ("reading the data", " epoch 1:", "[step 2 of 6", "[step 4 of 6"):
+        process = runner.start(seconds_per_epoch=0.15)
+        wait_for(process, words)
+        process.kill()
+        process.wait(timeout=DEADLINE)
+
+    code, _, err = runner.run()
+
+    assert code == 0, err
+    assert runner.sequence() == undisturbed[0].sequence()
+    keys = [(event["c"], event["to"]) for event in runner.ledger() if event["k"] == "done"]
+    assert len(keys) == len(set(keys)) == 6
+    assert len(runner.trained()) == len(set(runner.trained())), "a committed step was trained again"
+
+
+def test_a_killed_trainer_costs_one_attempt_and_the_sequence_stays(make_runner, undisturbed):
+    runner = make_runner()
+    process = runner.start(seconds_per_epoch=1)
+    wait_for(process, "[step 2 of 6")
+    wait_for_start(runner, 4)
+    leader = json.loads((runner.folder / "processes.json").read_text())[0][0]
+    os.killpg(leader, signal.SIGKILL)
+
+    _, err = process.communicate(timeout=DEADLINE)
+
+    assert process.returncode == 0, err
+    assert "attempt 2: ServeDied" in err
+    assert runner.sequence() == undisturbed[0].sequence()
+
+
+def test_the_first_ctrl_c_lets_the_running_step_end_and_the_command_resumes(
+    make_runner, undisturbed
+):
+    runner = make_runner()
+    process = runner.start(seconds_per_epoch=0.3)
+    wait_for(process, "[step 2 of 6")
+    process.send_signal(signal.SIGINT)
+
+    out, err = process.communicate(timeout=DEADLINE)
+
+    assert process.returncode == 75, err
+    assert "Interrupted: interrupted; the same command resumes" in out
+    kinds = [event["k"] for event in runner.ledger()]
+    assert "retry" not in kinds, "a running step was cut off"
+    assert len(runner.trained()) == kinds.count("done")
+    code, _, err = runner.run()
+    assert code == 0, err
+    assert runner.sequence() == undisturbed[0].sequence()
+
+
+def test_a_second_ctrl_c_ends_the_running_step_at_once(make_runner, tmp_path):
+    runner = make_runner()
+    process = runner.start(seconds_per_epoch=30)
+    wait_for(process, " epoch 1:")
+    began = time.monotonic()
+    for _ in range(2):
+        time.sleep(0.3)  # two signals within one turn of the kernel are one
+        process.send_signal(signal.SIGINT)
+
+    _, err = process.communicate(timeout=DEADLINE)
+
+    assert process.returncode == 75, err
+    assert time.monotonic() - began < 25
+    assert [e["reason"] for e in runner.ledger() if e["k"] == "retry"] == ["Stopped"]
+
+
+def test_a_raised_budget_goes_on_where_the_run_ended(copy_of_the_ended):
+    runner = copy_of_the_ended(budget={"maxSteps": 7})
+
+    code, out, err = runner.run()
+
+    assert code == 0, err
+    assert "7 of 7 steps used" in out
+    assert len(runner.trained()) == 7
+
+
+def test_a_changed_manifest_is_refused_with_the_fields_and_fresh_starts_over(copy_of_the_ended):
+    changed = {"search": {"space": "native", "hub": "tiny", "poolSize": 13}}
+    runner = copy_of_the_ended(budget={"maxSteps": 1}, **changed)
+
+    code, _, err = runner.run()
+
+    assert code == 64
+    assert "spec.search.poolSize" in err
+    assert "--fresh" in err
+    code, _, err = runner.run("--fresh")
+    assert code == 0, err
+    assert len(list(runner.state.glob("toy.*/uid"))) == 1, "the old state is kept"
+
+
+def test_two_runners_of_one_run_exclude_each_other(make_runner, tmp_path):
+    runner = make_runner()
+    first = runner.start(seconds_per_epoch=30)
+    wait_for(first, " epoch 1:")
+
+    code, _, err = runner.run()
+
+    assert code == 75
+    assert f"process {first.pid} is running this run" in err
+
+
+def test_an_unreachable_redis_ends_with_69_and_its_address(make_runner, tmp_path):
+    code, _, err = make_runner().run("redis://127.0.0.1:1/0")
+
+    assert code == 69
+    assert "127.0.0.1:1" in err
+
+
+def test_a_missing_claim_says_which_mount_to_type(make_runner, tmp_path):
+    runner = make_runner()
+    (tmp_path / "images" / "test").rmdir()
+    (tmp_path / "images").rmdir()
+
+    code, _, err = runner.run()
+
+    assert code == 64
+    assert "--mount images=" in err
+    assert "Traceback" not in err

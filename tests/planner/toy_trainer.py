@@ -1,0 +1,126 @@
+"""A trainer parent without torch: the real protocol, layout and commit order, made-up scores.
+
+One fork per job, in its own process group, dying with its parent. A step commits by a rename and
+answers again from what it committed, as the real one does.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from qtt_core.jobs import parse_job
+from qtt_core.steps import Epoch, State, StepResult
+from qtt_core.testing.simulation import toy_score
+
+SECONDS_PER_EPOCH = float(os.environ.get("TOY_SECONDS", "0.02"))
+
+
+def say(**event):
+    os.write(1, json.dumps(event).encode() + b"\n")
+
+
+def message(job, **facts):
+    return StepResult(attempt=job.attempt, nonce=job.nonce, state=State.OK, **facts)
+
+
+def attempt_folder(run, command, job):
+    if command == "step":
+        return run / f"c{job.config_id}" / "attempts" / f"f{job.fidelity_to}.a{job.attempt}"
+    return run / "attempts" / f"{command}.a{job.attempt}"
+
+
+def prepare(job, run):
+    run.mkdir(parents=True, exist_ok=True)
+    facts = {"fingerprint": "f", "n_train": 90, "n_val": 30, "classes": 3, "metafeatures": {}}
+    return message(job, prepared=facts)
+
+
+def step(job, run):
+    folder = run / f"c{job.config_id}" / f"f{job.fidelity_to}"
+    if not (folder / "manifest.json").exists():
+        if (
+            job.fidelity_from
+            and not (folder.parent / f"f{job.fidelity_from}" / "manifest.json").exists()
+        ):
+            sys.exit("no checkpoint to go on from")
+        epochs = []
+        for epoch in range(job.fidelity_from + 1, job.fidelity_to + 1):
+            time.sleep(SECONDS_PER_EPOCH)
+            epochs.append([epoch, toy_score(job, epoch), SECONDS_PER_EPOCH])
+        with (run / "trained.txt").open("a") as file:  # what really ran, for the tests
+            file.write(f"c{job.config_id} {epochs[0][0]}-{epochs[-1][0]}\n")
+        draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+        draft.mkdir(parents=True)
+        (draft / "result.json").write_text(json.dumps({"curve": epochs, "nonce": job.nonce}))
+        (draft / "manifest.json").write_text("{}")
+        draft.rename(folder)
+        cached = False
+    else:
+        epochs = json.loads((folder / "result.json").read_text())["curve"]
+        cached = True
+    return message(
+        job,
+        epochs=tuple(Epoch(epoch=e, value=v, seconds=s) for e, v, s in epochs),
+        checkpoint_sha256="0" * 64,
+        checkpoint_bytes=1,
+        cached=cached,
+    )
+
+
+def evaluate(job, run):
+    found = []
+    for name in job.checkpoints:
+        config, epoch = (int(part[1:]) for part in name.split("/"))
+        assert (run / name / "manifest.json").exists(), name
+        found.append({"config_id": config, "fidelity": epoch, "n": 30, "top1": 0.75})
+    return message(job, scores=tuple(found))
+
+
+def work(request):
+    command = request["command"]
+    job = parse_job(request["job"], command=command)
+    run = Path(job.paths.root) / "runs" / job.run_uid
+    folder = attempt_folder(run, command, job)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.txt").write_text(f"toy {command}\n")
+    text = {"prepare": prepare, "step": step, "evaluate": evaluate}[command](job, run).encode()
+    draft = folder / ".result.json"
+    draft.write_text(json.dumps({"message": json.loads(text), **json.loads(text)}))
+    draft.rename(folder / "result.json")
+    return text
+
+
+def main():
+    libc = ctypes.CDLL(None)
+    libc.prctl(1, signal.SIGKILL)
+    say(event="ready")
+    for line in sys.stdin:
+        request = json.loads(line)
+        began = time.monotonic()
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, 0)
+            libc.prctl(1, signal.SIGKILL)
+            os.write(writing, work(request).encode())
+            os._exit(0)
+        os.close(writing)
+        say(id=request["id"], event="started", pid=pid)
+        with os.fdopen(reading) as pipe:
+            text = pipe.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        say(
+            id=request["id"],
+            event="ended",
+            exit=code if code >= 0 else None,
+            signal=-code if code < 0 else None,
+            message=text,
+            seconds=time.monotonic() - began,
+        )
+
+
+main()
