@@ -228,11 +228,8 @@ class Fields:
         known = ", ".join(sorted(self._known))
         for key in self._values:
             if key not in self._known:
-                close = difflib.get_close_matches(str(key), sorted(self._known), n=1)
-                meant = f"did you mean {close[0]}? " if close else ""
-                self.fault(
-                    str(key), self._values[key], f"unknown field; {meant}known here: {known}"
-                )
+                meant = nearest(str(key), sorted(self._known), otherwise=f"known here: {known}")
+                self.fault(str(key), self._values[key], f"unknown field; {meant}")
 
     def _present(self, name: str) -> bool:
         self._known.add(name)
@@ -243,6 +240,12 @@ class Fields:
         if value is None and required:
             self.fault(name, ABSENT, "is required")
         return value
+
+
+def nearest(name: str, known: Sequence[str], *, otherwise: str) -> str:
+    """`did you mean …?` where a known name is close, else what the caller says instead."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"did you mean {close[0]}?" if close else otherwise
 
 
 def raise_faults(faults: Sequence[Fault]) -> None:

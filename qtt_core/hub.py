@@ -7,7 +7,6 @@ user's JSON, never from timm: this module must stay free of torch, timm and Conf
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from importlib import resources
 from typing import Any
 
 from qtt_core.errors import ABSENT, Fault, SpecError
-from qtt_core.fields import Fields, raise_faults
+from qtt_core.fields import Fields, nearest, raise_faults
 from qtt_core.steps import digest
 
 HUBS = ("timm24", "tiny")
@@ -262,9 +261,11 @@ def _check_hub(top: Fields, cards: Sequence[ModelCard]) -> None:
 
 
 def _unknown_model(field: str, name: str, hub: Hub) -> Fault:
-    close = difflib.get_close_matches(name, hub.names, n=1)
-    meant = f"did you mean {close[0]}? " if close else ""
-    return Fault(field, name, f"{meant}hub {hub.name} has {', '.join(hub.names)}")
+    return Fault(
+        field,
+        name,
+        nearest(name, hub.names, otherwise=f"hub {hub.name} has {', '.join(hub.names)}"),
+    )
 
 
 def _none_left(

@@ -7,13 +7,12 @@ that always has it removes the condition.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qtt_core.axes import Activation, Axis, Exclusion, Table, Values
 from qtt_core.errors import Fault, SpecError
-from qtt_core.fields import raise_faults
+from qtt_core.fields import nearest, raise_faults
 from qtt_core.steps import Scalar
 from qtt_core.values import parse_value, shown, split_choices
 
@@ -26,9 +25,11 @@ def narrow(table: Table, overrides: Mapping[str, str]) -> Table:
     Raises: SpecError naming every unknown name, illegal value or empty choice.
     """
     faults: list[Fault] = []
-    for name in overrides:
+    where = f"space {table.space_id}"
+    for name, text in overrides.items():
         if name not in table.names:
-            faults.append(_unknown(f"{OVERRIDES}.{name}", name, table))
+            field = f"{OVERRIDES}.{name}"
+            faults.append(unknown_name(field, name, text, known=table.names, where=where))
     axes = tuple(_axis(axis, table, overrides, faults) for axis in table.axes)
     raise_faults(faults)
     return _prune(replace(table, axes=axes, fixed={}))
@@ -76,15 +77,12 @@ def _default(axis: Axis, values: Values) -> Scalar:
     return min(values, key=lambda value: abs(rank[value] - rank[axis.default]))
 
 
-def unknown_name(field: str, name: str, known: Sequence[str], where: str) -> Fault:
+def unknown_name(
+    field: str, name: str, value: object, *, known: Sequence[str], where: str
+) -> Fault:
     """A fault for a name that a space does not have, with the nearest known one."""
-    close = difflib.get_close_matches(name, known, n=1)
-    meant = f"did you mean {close[0]}? " if close else ""
-    return Fault(field, name, f"{meant}{where} has {', '.join(known)}")
-
-
-def _unknown(field: str, name: str, table: Table) -> Fault:
-    return unknown_name(field, name, table.names, f"space {table.space_id}")
+    meant = nearest(name, known, otherwise=f"{where} has {', '.join(known)}")
+    return Fault(field, value, f"unknown name; {meant}")
 
 
 # --- conditions ----------------------------------------------------------------------------------

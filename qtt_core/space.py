@@ -143,7 +143,9 @@ class SearchSpace:
         given = {name: value for name, value in config.items() if name not in changes}
         for name, value in changes.items():
             if name not in self.configspace:
-                raise SpecError([unknown_name(name, name, self.names, "the space")])
+                raise SpecError(
+                    [unknown_name(name, name, plain(value), known=self.names, where="the space")]
+                )
             try:
                 given |= self._entering(name, value)
             except ValueError as error:
@@ -200,7 +202,9 @@ class SearchSpace:
         """A name this space lost to overrides or the hub is fine, an unknown one is not."""
         axis = TABLES[self.space_id].axis(name) if self.space_id in TABLES else None
         if axis is None:
-            raise SpecError([unknown_name(name, name, self.names, "the space")])
+            raise SpecError(
+                [unknown_name(name, name, plain(value), known=self.names, where="the space")]
+            )
         if value is not None:
             match(value, axis.values, off=axis.off)
 
@@ -307,7 +311,7 @@ def custom_space(
     known = TABLES["native"].names
     raise_faults(
         [
-            unknown_name(f"{where}: {name}", name, known, "the trainer")
+            unknown_name(f"{where}: {name}", name, name, known=known, where="the trainer")
             for name in cs
             if name not in known and not any_name
         ]
@@ -333,7 +337,9 @@ def check_values(space_id: str, config: Mapping[str, object]) -> Config:
     for name, value in config.items():
         axis = table.axis(name)
         if axis is None:
-            faults.append(unknown_name(f"config.{name}", name, table.names, f"space {space_id}"))
+            where = f"space {space_id}"
+            fault = unknown_name(f"config.{name}", name, value, known=table.names, where=where)
+            faults.append(fault)
             continue
         try:
             checked |= _checked(axis, plain(value), free=space_id == CUSTOM)
