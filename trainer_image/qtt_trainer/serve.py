@@ -265,6 +265,7 @@ def _reap(server: _Server) -> None:
         _read_child(child)
         server.selector.unregister(child.pipe)
         os.close(child.pipe)
+        _kill_group(pid, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(status)
         _emit(
             {
