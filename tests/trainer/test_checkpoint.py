@@ -303,3 +303,32 @@ def test_an_archive_with_code_in_it_is_not_loaded(folder: ConfigFolder) -> None:
 
 def test_a_nonce_cannot_leave_the_folder(folder: ConfigFolder) -> None:
     assert folder.staging(1, 0, "../../x").parent == folder.path
+
+
+def test_files_are_durable_before_the_manifest_and_the_manifest_before_the_name(
+    folder: ConfigFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut may lose is what was not synced; the order is the protocol."""
+    seen: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def spied_fsync(descriptor: int) -> None:
+        seen.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def spied_rename(self: Path, target: Path) -> Path:
+        seen.append(f"rename to {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", spied_fsync)
+    monkeypatch.setattr(Path, "rename", spied_rename)
+    commit(folder, 2)
+
+    assert seen == [
+        "sync state.pt",
+        "sync result.json",
+        "sync manifest.json",
+        "sync .f2.a0.n",
+        "rename to f2",
+        "sync c1",
+    ]

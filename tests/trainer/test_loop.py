@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -262,3 +263,37 @@ def test_finetuning_beats_training_from_scratch_by_using_the_weights(
     ended = run_inline(jobs.step(2, settings=settings, horizon=2))
 
     assert ended.message.epochs[-1].value >= 0.75
+
+
+def test_every_update_draws_its_own_noise_and_always_the_same(
+    jobs: Any, run_inline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One key per (epoch, update): a key per epoch alone would mix every batch alike."""
+    original = loop.mix
+    drawn: list[tuple[float, float]] = []
+
+    def spied(images: torch.Tensor, labels: torch.Tensor, targets: Any) -> Any:
+        numpy_state = np.random.get_state()  # the generator that timm draws from
+        drawn.append((float(np.random.rand()), 0.0))
+        np.random.set_state(numpy_state)
+        return original(images, labels, targets)
+
+    forward = loop.soft_cross_entropy
+
+    def noise(*args: Any) -> torch.Tensor:
+        state = torch.get_rng_state()
+        drawn[-1] = (drawn[-1][0], float(torch.rand(())))
+        torch.set_rng_state(state)
+        return forward(*args)
+
+    monkeypatch.setattr(loop, "mix", spied)
+    monkeypatch.setattr(loop, "soft_cross_entropy", noise)
+    run_inline(jobs.step(2))
+    first, drawn[:] = list(drawn), []
+    (jobs.run / "c1").rename(jobs.run / "first")
+    # Workers draw the images elsewhere: the main process's generators are then seeded by us alone.
+    run_inline(jobs.step(2, limits={"workers": 1}))
+
+    assert len(first) == 6
+    assert len({a for a, _ in first}) == len({b for _, b in first}) == 6
+    assert drawn == first

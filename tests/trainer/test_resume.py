@@ -130,10 +130,10 @@ def other_run(jobs: Any, name: str) -> Any:
 def test_a_real_sigterm_saves_the_epoch_in_the_middle_and_the_retry_continues(
     jobs: Any, served: Any, run_inline: Any
 ) -> None:
-    straight = run_inline(jobs.step(40, horizon=40))
-    reference = read_state(jobs.run / "c1" / "f40")
+    straight = run_inline(jobs.step(25, horizon=25))
+    reference = read_state(jobs.run / "c1" / "f25")
     again = other_run(jobs, "again")
-    served.send("step", again.step(40, horizon=40))
+    served.send("step", again.step(25, horizon=25))
     pid = served.until("started")["pid"]
     while served.until("progress")["epoch"] < 3:
         pass
@@ -143,18 +143,23 @@ def test_a_real_sigterm_saves_the_epoch_in_the_middle_and_the_retry_continues(
 
     assert ended["exit"] == 75
     assert '"state":"preempted"' in ended["message"]
-    assert len(list((again.run / "c1" / "f40.part").iterdir())) == 1
-    assert served.run("step", again.step(40, horizon=40, attempt=1))["exit"] == 0
-    assert not (again.run / "c1" / "f40.part").exists()
-    assert_same_training(reference, read_state(again.run / "c1" / "f40"))
-    assert len(straight.message.epochs) == 40
+    assert len(list((again.run / "c1" / "f25.part").iterdir())) == 1
+    assert served.run("step", again.step(25, horizon=25, attempt=1))["exit"] == 0
+    assert not (again.run / "c1" / "f25.part").exists()
+    assert_same_training(reference, read_state(again.run / "c1" / "f25"))
+    assert len(straight.message.epochs) == 25
 
 
 def test_the_worker_count_may_change_between_two_steps(jobs: Any, served: Any) -> None:
-    assert served.run("step", jobs.step(2))["exit"] == 0
+    settings = {
+        "opt": "adamw", "lr": 1e-3, "batch_size": 8, "drop": 0.4, "mixup": 0.4, "stoch_norm": True,
+    }  # fmt: skip
+    assert served.run("step", jobs.step(2, settings=settings))["exit"] == 0
     again = other_run(jobs, "workers")
-    assert served.run("step", again.step(1, limits={"workers": 2}))["exit"] == 0
-    assert served.run("step", again.step(2, start=1, limits={"workers": 0}))["exit"] == 0
+    first = again.step(1, settings=settings, limits={"workers": 2})
+    second = again.step(2, start=1, settings=settings, limits={"workers": 0})
+    assert served.run("step", first)["exit"] == 0
+    assert served.run("step", second)["exit"] == 0
     assert_same_training(read_state(jobs.run / "c1" / "f2"), read_state(again.run / "c1" / "f2"))
 
 
