@@ -1,4 +1,4 @@
-"""The pure core of Quick-Tune on Kubernetes: no network, no cluster, no clock, no global randomness.
+"""The pure core of Quick-Tune on Kubernetes: no network, no cluster, no clock, no global seed.
 
 Nothing is re-exported here: importing one light module must never pull in torch.
 """

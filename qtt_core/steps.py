@@ -1,7 +1,7 @@
 """The types that travel: proposals, observations, job documents and their results.
 
 Values flow down the path of one step (optimizer -> planner -> trainer -> ledger -> optimizer);
-these are the shapes they flow in. Everything here is frozen, plain data; JSON is the only wire format.
+these are the shapes they flow in. Everything here is frozen, plain data; the wire format is JSON.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Outcome(StrEnum):
 
 
 class State(StrEnum):
-    """How a trainer process ended (20-trainer 5.4); the first four are facts about the configuration."""
+    """How a trainer process ended (20-trainer 5.4); the first four are facts of the configuration."""
 
     OK = "ok"
     DIVERGED = "diverged"
@@ -232,13 +232,13 @@ class Observation:
     def __post_init__(self) -> None:
         if len(self.scores) != len(self.seconds):
             raise ObservationError(
-                f"configuration {self.config_id}: {len(self.scores)} scores, {len(self.seconds)} seconds"
+                f"configuration {self.config_id}: {len(self.scores)} scores, {len(self.seconds)} costs"
             )
         for name, values in (("scores", self.scores), ("seconds", self.seconds)):
             for value in values:
                 if not math.isfinite(value) or (name == "seconds" and value < 0):
                     raise ObservationError(
-                        f"configuration {self.config_id}: {name} holds {value!r}; finite numbers only"
+                        f"configuration {self.config_id}: {name} holds {value!r}; use finite ones"
                     )
 
     def to_json(self) -> dict[str, Any]:
@@ -445,7 +445,7 @@ def decision_hash(
     seed: int,
     position: str,
 ) -> str:
-    """Identity of a decision (30-kubernetes 3.1); `position`: last stream id the optimizer was told."""
+    """Identity of a decision (30-kubernetes 3.1); `position`: last stream id told to the optimizer."""
     return digest(
         {
             "uid": uid,

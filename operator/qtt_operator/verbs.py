@@ -74,10 +74,11 @@ def statistics(arguments: argparse.Namespace) -> Outcome:
 def logs(arguments: argparse.Namespace) -> Outcome:
     """`qtt logs RUN CONFIG`: every attempt's log, oldest first."""
     folder = find_run(arguments.run, arguments.state_dir)
-    attempts = _attempt_folders(folder, arguments.config)
+    run_dir = _run_dir(folder)
+    attempts = _attempt_folders(run_dir, arguments.config)
     if arguments.last:
         attempts = attempts[-1:]
-    entries = [_log_entry(path) for path in attempts]
+    entries = [_log_entry(path, run_dir) for path in attempts]
     if arguments.output != "table":
         return Outcome(text=render(entries, arguments.output))
     parts = [f"==> {entry['attempt']} ({entry['state']}) <==\n{entry['log']}" for entry in entries]
@@ -146,13 +147,17 @@ def _terminal() -> dict[str, Any]:
     return {"width": shutil.get_terminal_size().columns, "colour": True}
 
 
-def _attempt_folders(folder: RunFolder, config: str) -> list[Path]:
+def _run_dir(folder: RunFolder) -> Path:
+    """Where checkpoints and logs lie, known without the ledger."""
+    facts = folder.read_facts()
+    return Path(str(facts.get("root", folder.path))) / "runs" / str(folder.read_uid())
+
+
+def _attempt_folders(run_dir: Path, config: str) -> list[Path]:
     """Folders of a configuration's attempts, oldest first.
 
     Raises: UnknownConfigurationError that lists the configurations with logs.
     """
-    facts = folder.read_facts()
-    run_dir = Path(str(facts.get("root", folder.path))) / "runs" / str(folder.read_uid())
     name = config.removeprefix("c")
     pattern = f"c{name}/attempts/*" if name.isdecimal() else f"attempts/{config}.a*"
     found = [path for path in run_dir.glob(pattern) if path.is_dir()]
@@ -163,7 +168,7 @@ def _attempt_folders(folder: RunFolder, config: str) -> list[Path]:
     return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
 
 
-def _log_entry(path: Path) -> Mapping[str, Any]:
+def _log_entry(path: Path, run_dir: Path) -> Mapping[str, Any]:
     """An attempt's log, its last MiB, and how it ended."""
     try:
         data = (path / "log.txt").read_bytes()[-LOG_TAIL_BYTES:]
@@ -177,8 +182,7 @@ def _log_entry(path: Path) -> Mapping[str, Any]:
     if result.get("reason"):
         state = f"{state}: {result['reason']}"
     text = data.decode(errors="replace")
-    where = path.relative_to(path.parents[2])
-    return {"attempt": str(where), "state": state, "log": text}
+    return {"attempt": str(path.relative_to(run_dir)), "state": state, "log": text}
 
 
 def _essence(folder: RunFolder, status: Mapping[str, Any]) -> list[tuple[str, str]]:
