@@ -102,7 +102,7 @@ class Outcome(StrEnum):
 
 
 class State(StrEnum):
-    """How a trainer process ended (20-trainer 5.4); the first four are facts of the configuration."""
+    """How a trainer process ended (20-trainer 5.4); four are facts of the configuration."""
 
     OK = "ok"
     DIVERGED = "diverged"
@@ -232,7 +232,7 @@ class Observation:
     def __post_init__(self) -> None:
         if len(self.scores) != len(self.seconds):
             raise ObservationError(
-                f"configuration {self.config_id}: {len(self.scores)} scores, {len(self.seconds)} costs"
+                f"configuration {self.config_id}: {len(self.scores)} scores, {len(self.seconds)} s"
             )
         for name, values in (("scores", self.scores), ("seconds", self.seconds)):
             for value in values:
@@ -445,7 +445,7 @@ def decision_hash(
     seed: int,
     position: str,
 ) -> str:
-    """Identity of a decision (30-kubernetes 3.1); `position`: last stream id told to the optimizer."""
+    """Identity of a decision (30-kubernetes 3.1); `position`: last stream id it was told."""
     return digest(
         {
             "uid": uid,
