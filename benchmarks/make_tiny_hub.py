@@ -182,7 +182,8 @@ def save(model: torch.nn.Module, path: Path) -> None:
         name: (value.half() if value.is_floating_point() and value.ndim > 1 else value).contiguous()
         for name, value in model.state_dict().items()
     }
-    save_file(state, path, metadata={"format": "pt", "num_classes": str(len(LETTERS))})
+    # one entry only: safetensors writes its metadata in random order
+    save_file(state, path, metadata={"num_classes": str(len(LETTERS))})
 
 
 def card(recipe: Recipe, model: torch.nn.Module, score: float) -> dict[str, object]:

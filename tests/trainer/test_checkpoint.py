@@ -313,7 +313,7 @@ def test_files_are_durable_before_the_manifest_and_the_manifest_before_the_name(
     fsync, rename = os.fsync, Path.rename
 
     def spied_fsync(descriptor: int) -> None:
-        seen.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        seen.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
         fsync(descriptor)
 
     def spied_rename(self: Path, target: Path) -> Path:
