@@ -49,10 +49,10 @@ from qtt_core.steps import (
 from qtt_core.trials import (
     Trial,
     Trials,
+    averaged,
     best_observed,
     job_end,
     seconds_left,
-    smoothed,
     steps_left,
 )
 
@@ -216,19 +216,17 @@ class Optimizer:
     def recommend(self) -> Recommendation | None:
         """The noise-aware incumbent, None before the first score.
 
-        Ranked by the best mean over three epochs in a row; a configuration with fewer epochs is
-        averaged over what it has. `best_observed` beside it is the luckiest single epoch.
+        Ranked by what the model believes each configuration to have reached; without a model by the
+        best mean over three epochs in a row, or over as many as there are. `best_observed` beside
+        it is the luckiest single epoch.
         """
         best = best_observed(self.trials.all())
         if best is None:
             return None
-        ranked = [
-            (-score, trial.config_id, epoch)
-            for trial in self.trials.all()
-            if trial.scores
-            for epoch, score in [smoothed(trial.scores)]
-        ]
-        score, config_id, epoch = min(ranked)
+        standing = getattr(self.rule, "standing", averaged)
+        score, config_id, epoch = min(
+            (-score, config_id, epoch) for score, config_id, epoch in standing(self.trials)
+        )
         n_val = self.metafeatures.get("n_val")
         return Recommendation(
             config_id=config_id,

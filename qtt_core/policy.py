@@ -259,6 +259,23 @@ class QuickTune:
         u, sd, _ = self._predict(trials, every, rows, np.array(epochs, dtype=np.float64))
         return self._evidence.squash.to_score(u), self._evidence.squash.slope(u) * sd
 
+    def standing(self, trials: Trials) -> list[tuple[float, int, int]]:
+        """(score, configuration, epoch) of what was trained, as the model believes it to be.
+
+        The posterior mean instead of the measured score: neither one lucky epoch wins, nor does a
+        flat curve win over one that still rises (10-optimizer 5.7).
+        """
+        mark, parameters = self._parameters(trials)
+        ids, points = observed(trials, self._evidence.squash)
+        known = [trials.trial(c) for c in ids]
+        level = self.prior_level(known)
+        model = self._model(parameters, self._evidence.rows(known), level, points)
+        place = {t.config_id: i for i, t in enumerate(known)}
+        return [
+            (float(self._evidence.squash.to_score(np.array(u))), trial.config_id, epoch)
+            for u, trial, epoch in self._standing(model, known, level, mark, place)
+        ]
+
     def _predict(
         self, trials: Trials, every: Sequence[Trial], rows: Array, horizon: Array
     ) -> tuple[Array, Array, float]:
@@ -272,7 +289,8 @@ class QuickTune:
         x = self._evidence.rows(known)
         model = self._model(parameters, x, level, points)
         place = {t.config_id: i for i, t in enumerate(known)}
-        best = self._incumbent(model, known, level, mark, place)
+        reached = self._standing(model, known, level, mark, place)
+        best = max((u for u, _, _ in reached), default=-math.inf)
         if pending:
             model = self._fantasised(model, parameters, known, level, points, mark, pending, place)
         identity = np.array([place.get(t.config_id, -1) for t in every], dtype=np.intp)
@@ -289,25 +307,29 @@ class QuickTune:
             parameters, self._member, self._space.max_fidelity, self._rise, x, level, points
         )
 
-    def _incumbent(
+    def _standing(
         self,
         model: CurveModel,
         known: Sequence[Trial],
         level: Array,
         mark: int,
         place: Mapping[int, int],
-    ) -> float:
-        """The highest posterior mean at an epoch that was reached: noise does not raise it."""
+    ) -> list[tuple[float, Trial, int]]:
+        """(posterior mean of u, configuration, epoch) where training has been: noise taken out.
+
+        The epochs asked about are each curve's last and the middle of its best stretch.
+        """
         ran = [t for t in known if t.scores]
-        if not ran:
-            return -math.inf
-        at = [(t, float(e)) for t in ran for e in sorted({t.t, smoothed(t.scores)[0]})]
+        at = [(t, epoch) for t in ran for epoch in sorted({t.t, smoothed(t.scores)[0]})]
         trials = [t for t, _ in at]
+        if not trials:
+            return []
         index = np.array([place[t.config_id] for t in trials], dtype=np.intp)
         kx = self._kernel(model.parameters, mark, known, trials, self._evidence.rows(trials))
         diagonal = self._diagonal(model.parameters, trials)
-        mean, _ = model.predict(kx, index, level[index], diagonal, np.array([e for _, e in at]))
-        return float(np.max(mean))
+        epochs = np.array([epoch for _, epoch in at], dtype=np.float64)
+        mean, _ = model.predict(kx, index, level[index], diagonal, epochs)
+        return [(float(u), trial, epoch) for u, (trial, epoch) in zip(mean, at, strict=True)]
 
     def _fantasised(
         self,

@@ -331,6 +331,16 @@ def smoothed(scores: Sequence[float], width: int = SMOOTHING_EPOCHS) -> tuple[in
     return start + offset + 1, means[start]
 
 
+def averaged(trials: Trials) -> list[tuple[float, int, int]]:
+    """(smoothed score, configuration, epoch) of every configuration with a score."""
+    return [
+        (score, trial.config_id, epoch)
+        for trial in trials.all()
+        if trial.scores
+        for epoch, score in [smoothed(trial.scores)]
+    ]
+
+
 def is_stagnating(trial: Trial, patience: int, tolerance: float) -> bool:
     """Whether the best score has not risen by `tolerance` for `patience` epochs.
 
