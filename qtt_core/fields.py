@@ -16,7 +16,11 @@ from qtt_core.errors import ABSENT, Fault, SpecError
 
 T = TypeVar("T")
 
-DECIMAL = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+DECIMAL = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?")
+"""A decimal of at most 32 characters is finite: the exponent has two digits."""
+DECIMAL_LENGTH = DURATION_LENGTH = 32
+DURATION = re.compile(r"([0-9]+(\.[0-9]+)?(h|ms|m|s|us|µs|ns))+")
+_LONGEST_NANOSECONDS = 2**63 - 1  # what Go's durations hold: 292 years
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(h|ms|m|s|us|µs|ns)")
 _INT32 = 2**31 - 1
 _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
@@ -68,6 +72,11 @@ class Fields:
                 self.fault(name, ABSENT, "is required")
             value = {}
         return Fields(value, self.at(name), self.faults)
+
+    def inner(self, name: str) -> Fields:
+        """The mapping below `name` read once more, to judge its values: notes no wrong type."""
+        value = self._values.get(name)
+        return Fields(value if isinstance(value, Mapping) else {}, self.at(name), self.faults)
 
     def text(
         self,
@@ -163,7 +172,11 @@ class Fields:
         value = self._get(name)
         if value is None:
             return None
-        if not isinstance(value, str) or not DECIMAL.fullmatch(value) or len(value) > 32:
+        if (
+            not isinstance(value, str)
+            or not DECIMAL.fullmatch(value)
+            or len(value) > DECIMAL_LENGTH
+        ):
             self.fault(name, value, _quoted(value))
             return None
         number = float(value)
@@ -181,8 +194,11 @@ class Fields:
         value = self._get(name)
         if value is None:
             return None
+        if isinstance(value, str) and len(value) > DURATION_LENGTH:
+            self.fault(name, value, f"use at most {DURATION_LENGTH} characters")
+            return None
         seconds = parse_duration(value) if isinstance(value, str) else None
-        if seconds is None or seconds <= 0:
+        if seconds is None or not 1 <= seconds * 1e9 <= _LONGEST_NANOSECONDS:
             self.fault(name, value, "must be a positive duration such as 4h30m")
             return None
         return seconds

@@ -2,7 +2,7 @@
 
 `parse_manifest` turns YAML's mapping into `TuningRun`; the rules are those of the CRD's schema and
 CEL expressions (30-kubernetes 1.2, 1.3), so that `qtt lint`, a local run and an old API server
-agree. Types live in `spec_types`, sections in `spec_fields`, rules between them in `spec_rules`;
+agree. The table of fields is `spec_schema`, types live in `spec_types`, rules in `spec_rules`;
 import all public names from here. This module must import neither ConfigSpace, SciPy nor torch.
 """
 
@@ -14,8 +14,9 @@ from typing import Any
 from qtt_core import spec_rules
 from qtt_core.errors import ABSENT, Fault
 from qtt_core.fields import Fields, raise_faults
-from qtt_core.spec_defaults import with_defaults
-from qtt_core.spec_fields import ALGORITHMS, read_spec
+from qtt_core.schema import fill
+from qtt_core.spec_fields import read_spec
+from qtt_core.spec_schema import ALGORITHMS, SPEC
 from qtt_core.spec_types import (
     Budget,
     Checkpoint,
@@ -106,7 +107,7 @@ def scan_manifest(raw: object) -> tuple[TuningRun | None, list[Fault]]:
     if not isinstance(given, Mapping):
         remedy = "is required" if given is None else "use a mapping of fields"
         return None, [*faults, Fault("spec", ABSENT if given is None else given, remedy)]
-    raw_spec = with_defaults(given)
+    raw_spec = fill(SPEC, given)
     spec = read_spec(Fields(raw_spec, "spec", faults))
     wrong = {fault.field for fault in faults}  # their values are defaults now: not judged again
     faults.extend(f for f in spec_rules.cross_rules(spec) if f.field not in wrong)

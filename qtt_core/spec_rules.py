@@ -11,28 +11,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from qtt_core.errors import Fault
+from qtt_core.schema import Reach, walk
+from qtt_core.spec_schema import SPEC
 from qtt_core.spec_types import RunSpec, TuningRun
 from qtt_core.steps import METRICS, Metric
 
-IMMUTABLE = ("dataset", "search", "objective", "optimizer", "trainer", "weights")
+IMMUTABLE = tuple(name for name, field in SPEC.fields.items() if field.fixed)
 """Sections that may not change at all once a run has started."""
-_FIDELITY_FIXED = ("max", "step")
-_CHECKPOINT_MUTABLE = ("retention", "topK", "maxVolumes")
+_PARTLY_FIXED = ("fidelity", "checkpoint")
 
 _CLUSTER_ONLY = (
     "metadata.namespace",
-    "spec.suspendPolicy",
-    "spec.checkpoint.claimName",
-    "spec.checkpoint.subPath",
-    "spec.checkpoint.volumeClaimTemplate",
-    "spec.checkpoint.scope",
-    "spec.checkpoint.maxVolumes",
-    "spec.failurePolicy.pendingTimeout",
-    "spec.queueName",
-    "spec.workloadPriorityClass",
-    "spec.template",
-    "spec.deletionPolicy",
-    "spec.ttlSecondsAfterFinished",
+    *(path for path, field in walk(SPEC, "spec") if field.reach is Reach.CLUSTER),
 )
 
 _DEVICE = re.compile(
@@ -97,11 +87,16 @@ def _containers(template: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [c for c in containers if isinstance(c, Mapping)] if isinstance(containers, list) else []
 
 
+def is_device(resource: str) -> bool:
+    """Whether a resource name stands for an accelerator."""
+    return _DEVICE.fullmatch(resource) is not None
+
+
 def _devices(quantities: object) -> int:
     """The sum over accelerator resources; what is no whole number is left to the server."""
     if not isinstance(quantities, Mapping):
         return 0
-    texts = [str(q) for name, q in quantities.items() if _DEVICE.fullmatch(str(name))]
+    texts = [str(q) for name, q in quantities.items() if is_device(str(name))]
     return sum(int(text) for text in texts if text.isdecimal())
 
 
@@ -119,13 +114,11 @@ def _volume_faults(spec: RunSpec) -> Iterator[Fault]:
 def immutable_part(raw_spec: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a normalised spec that are fixed once a run has started."""
     part = {name: raw_spec[name] for name in IMMUTABLE if name in raw_spec}
-    fidelity = raw_spec.get("fidelity", {})
-    part["fidelity"] = {name: fidelity[name] for name in _FIDELITY_FIXED if name in fidelity}
-    if "checkpoint" in raw_spec:
-        checkpoint = raw_spec["checkpoint"]
-        part["checkpoint"] = {
-            name: value for name, value in checkpoint.items() if name not in _CHECKPOINT_MUTABLE
-        }
+    for section in _PARTLY_FIXED:
+        if section in raw_spec:
+            fixed = {name for name, field in SPEC.fields[section].fields.items() if field.fixed}
+            values = raw_spec[section].items()
+            part[section] = {name: value for name, value in values if name in fixed}
     return part
 
 

@@ -292,7 +292,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "at most 64",
     ),
     "misspelt field": (dataset(clamName="x"), "spec.dataset.clamName", "did you mean claimName?"),
-    "no space": ({"search": {"hub": "tiny"}}, "spec.search", "space: native"),
+    "no space": ({"search": {"hub": "tiny"}}, "spec.search.space", "use space: native"),
     "two spaces": (search(configSpaceRef={"name": "x"}), "spec.search", "exactly one of"),
     "nameless ref": (search(hubRef={}), "spec.search.hubRef.name", "required"),
     "ref leaves": (search(hubRef={"name": "../x"}), "spec.search.hubRef.name", "not a path"),
@@ -445,7 +445,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "access mode": (
         {"checkpoint": {"volumeClaimTemplate": {**RWO, "accessModes": ["ReadOnlyMany"]}}},
-        "spec.checkpoint.volumeClaimTemplate.accessModes",
+        "spec.checkpoint.volumeClaimTemplate.accessModes[0]",
         "ReadWriteMany",
     ),
     "no resources": (
@@ -482,7 +482,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "label as number": (
         {"template": {"metadata": {"labels": {"a": 1}}}},
         "spec.template.metadata.labels.a",
-        "string",
+        'quote the value: "1"',
     ),
     "infinity in template": (
         {"template": {"spec": {"x": float("inf")}}},
