@@ -17,6 +17,10 @@ from qtt_core.steps import MAX_JOB_EPOCHS, METRICS, Config
 
 SCHEMA = 1
 
+READABLE_FORMATS = ("ImageFolder",)
+READABLE_CHANNELS = (1, 3)
+"""What our trainer reads of the layouts and channels that a manifest may name."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:

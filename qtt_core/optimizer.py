@@ -32,6 +32,7 @@ from qtt_core.policy import QuickTune
 from qtt_core.pool import draw, generator, initial_candidates
 from qtt_core.space import SearchSpace, build_space
 from qtt_core.steps import (
+    OPTIMIZER_ENTRY_POINTS,
     Abandon,
     Best,
     BudgetView,
@@ -55,9 +56,6 @@ from qtt_core.trials import (
     seconds_left,
     steps_left,
 )
-
-ENTRY_POINTS = "quicktune.optimizers"
-"""Group in which a user's own optimizer is found (`optimizer.algorithm: External`)."""
 
 STATE_VERSION = 1
 GUESS_SHARE = 0.02
@@ -414,6 +412,7 @@ def setup_space(setup: OptimizerSetup) -> tuple[SearchSpace, Hub]:
         step=setup.step,
         overrides=setup.overrides,
         in_channels=setup.in_channels,
+        definition=setup.space_definition,
     )
     return space, hub
 
@@ -444,12 +443,13 @@ def _builder(setup: OptimizerSetup) -> Builder:
     if setup.algorithm != "External":
         known = ", ".join([*ALGORITHMS, "External"])
         raise OptimizerError(f"algorithm {setup.algorithm!r} is unknown; use one of {known}")
-    found = entry_points(group=ENTRY_POINTS, name=setup.external or "")
+    found = entry_points(group=OPTIMIZER_ENTRY_POINTS, name=setup.external or "")
     if not found:
-        names = ", ".join(sorted(e.name for e in entry_points(group=ENTRY_POINTS))) or "none"
+        here = entry_points(group=OPTIMIZER_ENTRY_POINTS)
+        names = ", ".join(sorted(e.name for e in here)) or "none"
         raise OptimizerError(
             f"external optimizer {setup.external!r} is not installed; entry points of "
-            f"{ENTRY_POINTS}: {names}"
+            f"{OPTIMIZER_ENTRY_POINTS}: {names}"
         )
     builder: Builder = next(iter(found)).load()
     return builder

@@ -21,6 +21,9 @@ MAX_JOB_EPOCHS = 150
 
 MESSAGE_BYTES = 4096
 
+OPTIMIZER_ENTRY_POINTS = "quicktune.optimizers"
+"""Group in which a user's own optimizer is found (`optimizer.algorithm: External`)."""
+
 Scalar = str | int | float | bool | None
 Config = Mapping[str, Scalar]
 """A configuration in canonical form: JSON scalars, inactive names absent, off = "none" or 0."""

@@ -37,6 +37,8 @@ class RunContents:
     identity: Identity
     hub: Hub
     places: Places
+    space_definition: str = ""
+    """ConfigSpace's JSON of a `configSpaceRef`, empty for a named space."""
 
 
 def job_document(
@@ -111,6 +113,7 @@ def optimizer_setup(run: RunContents, ledger: LedgerState) -> OptimizerSetup:
         step=spec.fidelity.step,
         seed=run.identity.seed,
         overrides=spec.search.overrides,
+        space_definition=run.space_definition,
         in_channels=spec.dataset.in_channels,
         metafeatures=_facts(prepared) if prepared else {},
         prior=spec.search.portfolio,

@@ -19,6 +19,7 @@ from qtt_core.hub import Hub, load_hub, read_hub, select
 from qtt_core.space import SearchSpace, build_space, custom_space
 from qtt_core.spec import Reference, TuningRun
 from qtt_core.steps import Config
+from qtt_operator.abilities import not_installed, unreadable
 from qtt_operator.manifest_file import read_manifest, scan_manifest
 
 _SPACE_REF = "spec.search.configSpaceRef"
@@ -77,6 +78,7 @@ def load_checked(path: Path) -> CheckedRun:
     if checked.run.spec.trainer.custom:
         remedy = "a trainer of your own is an image: apply this manifest to a cluster"
         raise SpecError([Fault("spec.trainer.custom", True, remedy)])
+    raise_faults(not_installed(checked.run))
     return checked
 
 
@@ -97,11 +99,15 @@ def lint_file(path: Path, mounts: Mapping[str, Path] | None = None) -> LintRepor
         return LintReport(path=str(path), faults=tuple(faults))
     beside = path.absolute().parent
     checked, more = _resolve(run, beside) if _resolvable(wrong) else (None, [])
-    faults += more
+    faults += [*more, *unreadable(run)]
     return LintReport(
         path=str(path),
         faults=tuple(faults),
-        advice=(*spec.check_spec(run), *(_space_advice(checked) if checked else ())),
+        advice=(
+            *spec.check_spec(run),
+            *not_installed(run),  # no fault: the manifest may be meant for a cluster
+            *(_space_advice(checked) if checked else ()),
+        ),
         notes=tuple(local_notes(run, beside, mounts or {})),
         checked=None if faults else checked,
     )
@@ -113,7 +119,7 @@ def check_run(run: TuningRun, beside: Path) -> CheckedRun:
     Raises: SpecError with every fault.
     """
     checked, faults = _resolve(run, beside)
-    raise_faults(faults)
+    raise_faults([*faults, *unreadable(run)])
     assert checked is not None  # no faults
     return checked
 

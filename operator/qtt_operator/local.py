@@ -167,7 +167,13 @@ class _Runner:
 
     def _contents(self, identity: Identity) -> RunContents:
         setup = self._setup
-        return RunContents(spec=setup.spec, identity=identity, hub=setup.hub, places=setup.places)
+        return RunContents(
+            spec=setup.spec,
+            identity=identity,
+            hub=setup.hub,
+            places=setup.places,
+            space_definition=setup.space_definition,
+        )
 
     def _context(self, identity: Identity) -> RunContext:
         contents = self._contents(identity)

@@ -55,6 +55,8 @@ class LocalSetup:
     hub: Hub
     space_id: str
     space_sha: str
+    space_definition: str
+    """ConfigSpace's JSON of a `configSpaceRef`, empty for a named space."""
     slots: tuple[Slot, ...]
     notes: tuple[str, ...] = ()
 
@@ -75,6 +77,7 @@ def prepare_local(options: LocalOptions) -> LocalSetup:
         hub=checked.hub,
         space_id=checked.space.space_id,
         space_sha=checked.space.sha,
+        space_definition=checked.space_definition,
         slots=slots,
         notes=(*notes, *more, *local_notes(run, beside, options.mounts)),
     )

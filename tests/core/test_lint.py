@@ -296,6 +296,51 @@ def test_a_space_of_ones_own_lies_beside_the_manifest(write: Write) -> None:
     assert report.checked.space.names == ("lr", "model")
 
 
+@pytest.mark.parametrize(
+    ("dataset", "field", "word"),
+    [
+        ("format: CSV", "spec.dataset.format", "convert the data set to ImageFolder"),
+        ("format: WebDataset", "spec.dataset.format", "not read yet"),
+        ("format: Parquet", "spec.dataset.format", "not read yet"),
+        ("inChannels: 5", "spec.dataset.inChannels", "3 (RGB)"),
+    ],
+)
+def test_data_that_the_trainer_cannot_read_is_a_fault_already_in_the_manifest(
+    dataset: str, field: str, word: str, write: Write
+) -> None:
+    path = write(body=f"  dataset: {{claimName: data, {dataset}}}\n  budget: {{maxSteps: 10}}\n")
+
+    report = lint_file(path)
+
+    assert fields(report) == [field]
+    assert word in messages(report)[0]
+    with pytest.raises(SpecError, match=field):
+        load_checked(path)
+
+
+def test_a_trainer_of_ones_own_may_read_anything(write: Write) -> None:
+    body = (
+        "  dataset: {claimName: data, format: Parquet, inChannels: 5}\n  budget: {maxSteps: 10}\n"
+    )
+
+    assert lint_file(write("  trainer: {custom: true}\n", body=body)).ok
+
+
+def test_an_optimizer_that_is_not_installed_here_is_advised_on_and_does_not_run(
+    write: Write,
+) -> None:
+    """A manifest for a cluster may name what the laptop lacks."""
+    path = write("  optimizer: {algorithm: External, name: nobodys}\n")
+
+    report = lint_file(path)
+
+    assert report.ok
+    assert [fault.field for fault in report.advice] == ["spec.optimizer.name"]
+    assert "entry point of quicktune.optimizers" in str(report.advice[0])
+    with pytest.raises(SpecError, match="nobodys"):
+        load_checked(path)
+
+
 def test_overrides_of_a_space_of_ones_own_are_refused(write: Write) -> None:
     path = write('  search: {configSpaceRef: {name: mine}, overrides: {lr: "1e-3"}}\n')
 

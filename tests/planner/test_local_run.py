@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ConfigSpace import ConfigurationSpace, Float
 
 HERE = Path(__file__).parent
 QTT = (sys.executable, "-m", "qtt_operator")
@@ -147,6 +148,7 @@ def test_a_run_ends_complete_with_leaderboard_checkpoint_test_score_and_reason(u
     runner, (code, out, err) = undisturbed
 
     assert code == 0, err
+    assert "earlier runner" not in err
     assert "BudgetExhausted: 6 of 6 steps used" in out
     (path,) = [line.split(": ", 1)[1] for line in out.splitlines() if "best checkpoint:" in line]
     assert (Path(path) / "manifest.json").is_file()
@@ -266,6 +268,31 @@ def test_a_changed_manifest_is_refused_with_the_fields_and_fresh_starts_over(cop
     code, _, err = runner.run("--fresh")
     assert code == 0, err
     assert len(list(runner.state.glob("toy.*/uid"))) == 1, "the old state is kept"
+
+
+@pytest.fixture
+def own_space(make_runner, tmp_path):
+    """A run over a ConfigSpace of the user's own: one learning rate, one model."""
+
+    def make(low=2e-3, high=3e-3):
+        cs = ConfigurationSpace()
+        cs.add(Float("lr", (low, high), log=True))
+        (tmp_path / "space.json").write_text(json.dumps(cs.to_serialized_dict()))
+        search = {"configSpaceRef": {"name": "own"}, "hub": "tiny", "models": ["mini_resnet"]}
+        return make_runner(search=search, budget={"maxSteps": 3})
+
+    return make
+
+
+def test_a_space_of_ones_own_is_what_the_run_searches(own_space):
+    runner = own_space()
+
+    code, _, err = runner.run()
+
+    assert code == 0, err
+    configs = runner.ledger()[0]["configs"].values()
+    assert {frozenset(config) for config in configs} == {frozenset({"lr", "model"})}
+    assert all(2e-3 <= config["lr"] <= 3e-3 for config in configs)
 
 
 def test_two_runners_of_one_run_exclude_each_other(make_runner, tmp_path):

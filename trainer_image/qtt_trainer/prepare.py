@@ -16,7 +16,7 @@ from typing import Any
 
 from qtt_core.errors import DataError
 from qtt_core.hub import ModelCard, parse_card
-from qtt_core.jobs import JobDocument
+from qtt_core.jobs import READABLE_CHANNELS, READABLE_FORMATS, JobDocument
 from qtt_core.steps import State, StepResult, canonical_json
 from qtt_trainer import metafeatures
 from qtt_trainer.data_errors import BadDataError, DatasetChangedError
@@ -122,12 +122,12 @@ def scan(job: JobDocument, root: Path) -> Found:
     Raises: BadDataError with every fault.
     """
     task = job.task
-    if task.format != "ImageFolder":
+    if task.format not in READABLE_FORMATS:
         raise BadDataError(
             f"dataset.format {task.format!r} cannot be read by this version; "
             "convert the data set to ImageFolder: <split>/<class>/<image>"
         )
-    if task.in_chans not in {1, 3}:
+    if task.in_chans not in READABLE_CHANNELS:
         raise BadDataError(f"{task.in_chans} channels: images are read with 1 (grey) or 3 (RGB)")
     if not root.is_dir():
         raise BadDataError(f"{root}: the data set's folder does not exist or is no folder")
