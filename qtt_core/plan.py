@@ -13,8 +13,9 @@ from typing import Any
 
 from qtt_core.ledger.events import Cancel, Done, Event, Fail, Open, Retry
 from qtt_core.ledger.fold import LedgerState
+from qtt_core.results import State, StepResult
 from qtt_core.spec import RunSpec
-from qtt_core.steps import BudgetView, Config, Proposal, State, StepResult
+from qtt_core.steps import BudgetView, Config, Proposal
 
 # --- observed --------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 
 from qtt_core.history import ConfigHistory
 from qtt_core.ledger.events import Done, Event
-from qtt_core.steps import Recommendation, State
+from qtt_core.results import State
+from qtt_core.steps import Recommendation
 
 Kept = tuple[int, int]
 """(config id, epoch of the checkpoint)."""

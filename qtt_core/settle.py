@@ -10,8 +10,8 @@ from __future__ import annotations
 from qtt_core.ledger.events import Cancel, Done, Fail, Retry
 from qtt_core.ledger.fold import OpenEntry
 from qtt_core.plan import Ending, JobEnd, Verdict
+from qtt_core.results import State
 from qtt_core.spec import RunSpec
-from qtt_core.steps import State
 
 UNCOUNTED = frozenset({"RunnerLost", "NodeLost", "Evicted", "Stopped", State.PREEMPTED.value})
 """Ends that say nothing about the step: retried without limit."""

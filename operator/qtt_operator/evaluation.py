@@ -17,7 +17,7 @@ from typing import Any
 from qtt_core.errors import DataError, MessageError, QuickTuneError
 from qtt_core.jobs import JobDocument
 from qtt_core.plan import JobEnd, JobPhase
-from qtt_core.steps import EXIT_BAD_DATA, EXIT_COMMITTED, StepResult
+from qtt_core.results import EXIT_BAD_DATA, EXIT_COMMITTED, StepResult
 from qtt_operator.local_backend import LocalBackend
 
 BATCH = 50

@@ -22,8 +22,9 @@ from qtt_core.ledger.events import (
     is_pseudo,
 )
 from qtt_core.ledger.fold import step_epochs
+from qtt_core.results import State
 from qtt_core.spec import Budget
-from qtt_core.steps import Config, Metric, State, Why
+from qtt_core.steps import Config, Metric, Why
 from qtt_operator.report import number, predicted, settings, shown
 
 

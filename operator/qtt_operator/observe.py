@@ -10,17 +10,16 @@ from qtt_core.errors import MessageError
 from qtt_core.ledger.events import PREPARE
 from qtt_core.ledger.fold import OpenEntry
 from qtt_core.plan import Ending, JobEnd, Verdict
-from qtt_core.steps import (
+from qtt_core.results import (
     EXIT_BAD_DATA,
     EXIT_BAD_JOB,
     EXIT_BUG,
     EXIT_COMMITTED,
     EXIT_RETRY,
-    Metric,
     State,
     StepResult,
-    nonce,
 )
+from qtt_core.steps import Metric, nonce
 
 INFRA_REASONS = frozenset(
     {

@@ -14,7 +14,8 @@ from typing import Any
 
 from qtt_core.errors import MessageError
 from qtt_core.planner import JobEnd
-from qtt_core.steps import EXIT_CODES, Epoch, Metric, State, StepResult
+from qtt_core.results import EXIT_CODES, Epoch, State, StepResult
+from qtt_core.steps import Metric
 from qtt_operator.names import attempt_folder, checkpoint_folder
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from qtt_core.ledger.events import Cancel, Close, Event, Retry
-from qtt_core.steps import State
+from qtt_core.results import State
 from qtt_operator.exits import BUG, COMPLETE, DATA, FAILED, INTERRUPTED, IO_ERROR
 from qtt_operator.names import COMPLETE_REASONS
 

@@ -14,7 +14,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
 from qtt_core.errors import LedgerError, NewerSchemaError
-from qtt_core.steps import State, canonical_json, step_key
+from qtt_core.results import State
+from qtt_core.steps import canonical_json, step_key
 
 SCHEMA = 1
 """Version of the stream; recorded in every `run` event, refused when newer."""

@@ -30,7 +30,7 @@ from qtt_core.ledger.events import (
     is_pseudo,
     step_targets,
 )
-from qtt_core.steps import State
+from qtt_core.results import State
 
 APP_REASONS = frozenset({"bug", "badmessage", State.INTERNAL.value})
 """Reasons of `retry` and `cancel` that are faults of the trainer, not of the infrastructure."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from qtt_core.jobs import JobDocument
 from qtt_core.plan import JobEnd, JobPhase, Observed, ObservedJob
-from qtt_core.steps import Epoch, State, StepResult, digest
+from qtt_core.results import Epoch, State, StepResult
+from qtt_core.steps import digest
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,7 +10,8 @@ import pytest
 
 from qtt_core.ledger.fold import OpenEntry
 from qtt_core.plan import Ending, JobEnd
-from qtt_core.steps import METRICS, Epoch, State, StepResult, nonce
+from qtt_core.results import Epoch, State, StepResult
+from qtt_core.steps import METRICS, nonce
 from qtt_operator.observe import classify
 
 ENTRY = OpenEntry(

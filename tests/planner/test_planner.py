@@ -12,8 +12,9 @@ from qtt_core import plan as p
 from qtt_core.ledger.events import Close, Prepared, Run
 from qtt_core.ledger.fold import LedgerState, OpenEntry
 from qtt_core.planner import budget_view, decide, end_reason, step_timeout
+from qtt_core.results import State, StepResult
 from qtt_core.spec import Budget, Dataset, FailurePolicy, Fidelity, RunSpec
-from qtt_core.steps import Proposal, State, StepResult, Why
+from qtt_core.steps import Proposal, Why
 
 NOW = 1_000_000.0
 IDENTITY = p.Identity(

@@ -8,9 +8,9 @@ import pytest
 
 from qtt_core.ledger.fold import OpenEntry
 from qtt_core.plan import Ending, JobEnd, Verdict
+from qtt_core.results import State, StepResult
 from qtt_core.settle import may_restart, retry_delay, settle
 from qtt_core.spec import Budget, Dataset, FailurePolicy, RunSpec, Trainer
-from qtt_core.steps import State, StepResult
 
 SPEC = RunSpec(dataset=Dataset(claim_name="d"), budget=Budget(max_steps=1))
 END = JobEnd(exit_code=75, device_seconds=10.0, queue_seconds=2.0, node="n1")

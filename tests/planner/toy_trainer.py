@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from qtt_core.jobs import parse_job
-from qtt_core.steps import Epoch, State, StepResult
+from qtt_core.results import Epoch, State, StepResult
 from qtt_core.testing.simulation import toy_score
 
 SECONDS_PER_EPOCH = float(os.environ.get("TOY_SECONDS", "0.02"))

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from qtt_core.hub import load_hub
 from qtt_core.jobs import parse_job
-from qtt_core.steps import State, StepResult
+from qtt_core.results import State, StepResult
 from qtt_trainer import prepare
 from qtt_trainer.context import Context
 from qtt_trainer.process import locate, run_job

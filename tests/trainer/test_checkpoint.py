@@ -13,7 +13,7 @@ from typing import IO, Any
 import pytest
 import torch
 
-from qtt_core.steps import State
+from qtt_core.results import State
 from qtt_trainer import checkpoint, layout, volume
 from qtt_trainer.checkpoint import CorruptCheckpointError, Found, Label
 from qtt_trainer.endings import EndedError, classify

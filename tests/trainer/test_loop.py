@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qtt_core.steps import State
+from qtt_core.results import State
 from qtt_trainer import loop
 from qtt_trainer.session import batching
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from qtt_core.hub import ModelCard, load_hub
-from qtt_core.steps import State
+from qtt_core.results import State
 from qtt_trainer import volume
 from qtt_trainer.endings import EndedError
 from qtt_trainer.model import (

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from qtt_core.jobs import Flags, JobDocument, Limits, Paths, Task
-from qtt_core.steps import EXIT_CODES, State, StepResult
+from qtt_core.results import EXIT_CODES, State, StepResult
 from qtt_trainer import prepare
 from qtt_trainer.data_errors import BadDataError, DatasetChangedError
 from qtt_trainer.dataset_manifest import load_manifest, quick_check, save_manifest

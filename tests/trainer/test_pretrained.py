@@ -9,7 +9,7 @@ import pytest
 
 from qtt_core.hub import ModelCard, load_hub
 from qtt_core.jobs import JobDocument, Paths, Task
-from qtt_core.steps import State, StepResult
+from qtt_core.results import State, StepResult
 from qtt_trainer import prepare
 from qtt_trainer.landmarkers import smallest
 from qtt_trainer.pretrained import find_weights, missing_weights, package_folder

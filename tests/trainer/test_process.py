@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qtt_core.steps import EXIT_CODES, State, StepResult
+from qtt_core.results import EXIT_CODES, State, StepResult
 from qtt_trainer.process import locate
 
 

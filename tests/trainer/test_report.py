@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from qtt_core.steps import MESSAGE_BYTES, METRICS, State, StepResult
+from qtt_core.results import MESSAGE_BYTES, State, StepResult
+from qtt_core.steps import METRICS
 from qtt_trainer.report import (
     Header,
     Progress,

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from qtt_core.errors import QuickTuneError
-from qtt_core.steps import State, digest
+from qtt_core.results import State
+from qtt_core.steps import digest
 from qtt_trainer import layout, volume
 from qtt_trainer.endings import EndedError
 from qtt_trainer.layout import ConfigFolder

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import IO, Any
 
-from qtt_core.steps import State
+from qtt_core.results import State
 from qtt_trainer import checkpoint, layout, report, volume
 from qtt_trainer.checkpoint import Label, Writer
 from qtt_trainer.endings import EndedError

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from qtt_core.errors import DataError
-from qtt_core.steps import State
+from qtt_core.results import State
 
 
 class BadDataError(DataError):

@@ -11,7 +11,7 @@ import traceback
 from typing import Any
 
 from qtt_core.errors import DataError, QuickTuneError, SpecError
-from qtt_core.steps import EXIT_CODES, State
+from qtt_core.results import EXIT_CODES, State
 
 REASON_BYTES = 1000
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})

@@ -14,7 +14,8 @@ from typing import Any
 from qtt_core.errors import MessageError
 from qtt_core.hub import parse_card
 from qtt_core.jobs import JobDocument
-from qtt_core.steps import METRICS, State, StepResult
+from qtt_core.results import State, StepResult
+from qtt_core.steps import METRICS
 from qtt_trainer import checkpoint, layout, loop, report, volume
 from qtt_trainer.checkpoint import CorruptCheckpointError, Found
 from qtt_trainer.context import Context

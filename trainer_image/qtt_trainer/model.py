@@ -21,7 +21,7 @@ from timm.data.config import resolve_model_data_config
 from torch import nn
 
 from qtt_core.hub import ModelCard
-from qtt_core.steps import EXIT_BAD_JOB, State
+from qtt_core.results import EXIT_BAD_JOB, State
 from qtt_trainer import volume
 from qtt_trainer.endings import FULL_ERRNOS, VOLUME_ERRNOS, EndedError, classify
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qtt_core.jobs import JobDocument
-from qtt_core.steps import State
+from qtt_core.results import State
 from qtt_trainer.endings import EndedError
 
 CHANNELS_LAST_FAMILIES = frozenset(

@@ -17,7 +17,8 @@ from typing import Any
 from qtt_core.errors import DataError
 from qtt_core.hub import ModelCard, parse_card
 from qtt_core.jobs import READABLE_CHANNELS, READABLE_FORMATS, JobDocument
-from qtt_core.steps import State, StepResult, canonical_json
+from qtt_core.results import State, StepResult
+from qtt_core.steps import canonical_json
 from qtt_trainer import metafeatures
 from qtt_trainer.data_errors import BadDataError, DatasetChangedError
 from qtt_trainer.dataset_manifest import DatasetManifest, save_manifest

@@ -18,7 +18,8 @@ from typing import Any
 
 from qtt_core.errors import Fault, SpecError
 from qtt_core.jobs import JobDocument, parse_job
-from qtt_core.steps import EXIT_CODES, METRICS, State, StepResult
+from qtt_core.results import EXIT_CODES, State, StepResult
+from qtt_core.steps import METRICS
 from qtt_trainer import layout, report, volume
 from qtt_trainer.context import Context
 from qtt_trainer.endings import EndedError, classify

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from qtt_core.errors import MessageError
-from qtt_core.steps import METRICS, Epoch, State, StepResult
+from qtt_core.results import Epoch, State, StepResult
+from qtt_core.steps import METRICS
 from qtt_trainer import volume
 from qtt_trainer.endings import RETRYABLE
 

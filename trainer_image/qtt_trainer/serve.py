@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Any
 
 from qtt_core.errors import Fault, SpecError
-from qtt_core.steps import EXIT_BUG
+from qtt_core.results import EXIT_BUG
 from qtt_trainer import logs
 from qtt_trainer.context import Context
 from qtt_trainer.process import COMMANDS, Attempt, locate, run_job

@@ -16,7 +16,8 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from qtt_core.steps import Config, State
+from qtt_core.results import State
+from qtt_core.steps import Config
 from qtt_trainer.checkpoint import CorruptCheckpointError
 from qtt_trainer.endings import EndedError
 from qtt_trainer.freezing import FreezePlan, plan_freezing

@@ -16,7 +16,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from qtt_core.jobs import JobDocument
-from qtt_core.steps import Config, State
+from qtt_core.results import State
+from qtt_core.steps import Config
 from qtt_trainer import checkpoint, loop, report, volume
 from qtt_trainer.checkpoint import CorruptCheckpointError, Found
 from qtt_trainer.committing import (

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
-from qtt_core.steps import EXIT_RETRY, State
+from qtt_core.results import EXIT_RETRY, State
 from qtt_trainer.endings import EndedError
 
 GRACE_SECONDS = 30.0

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from qtt_core.steps import State
+from qtt_core.results import State
 from qtt_trainer.endings import EndedError
 
 CHUNK_BYTES = 1 << 20

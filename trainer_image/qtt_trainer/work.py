@@ -18,7 +18,8 @@ import torch
 from qtt_core.errors import ABSENT, Fault, SpecError
 from qtt_core.hub import ModelCard, parse_card
 from qtt_core.jobs import JobDocument
-from qtt_core.steps import Config, State, digest
+from qtt_core.results import State
+from qtt_core.steps import Config, digest
 from qtt_trainer import checkpoint, layout, volume
 from qtt_trainer.checkpoint import CorruptCheckpointError, Found
 from qtt_trainer.context import Context
