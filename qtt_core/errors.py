@@ -13,6 +13,8 @@ QuickTuneError
 │   ├── StoreUnavailableError   unreachable; a retry helps
 │   └── StaleEpochError         another process has taken over; stop writing
 ├── OptimizerError            a worker that died, timed out or answered nonsense
+├── ClusterError              the Kubernetes API refused a call
+│   └── ClusterUnavailableError unreachable or overloaded; a retry helps
 ├── VolumeError               disk full or I/O on the state folder
 └── RunLockedError            another process runs this run
 """
@@ -111,6 +113,19 @@ class StaleEpochError(StoreError):
 
 class OptimizerError(QuickTuneError):
     """An optimizer worker died, timed out or answered nonsense."""
+
+
+class ClusterError(QuickTuneError):
+    """The Kubernetes API refused a call; `status` is the HTTP code, 0 where none came."""
+
+    def __init__(self, message: str, *, status: int = 0, reason: str = "") -> None:
+        self.status = status
+        self.reason = reason
+        super().__init__(message)
+
+
+class ClusterUnavailableError(ClusterError):
+    """The API server is away or overloaded; nothing was lost, a retry helps."""
 
 
 class VolumeError(QuickTuneError):

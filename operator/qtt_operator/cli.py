@@ -137,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_lint(verbs)
     _add_readers(verbs)
     _add_ledger(verbs)
+    _add_controller(verbs)
     return parser
 
 
@@ -264,6 +265,16 @@ def _add_ledger(verbs: Verbs[_Parser]) -> None:
     parser.add_argument("action", choices=("export",), help="what to do")
     _run_argument(parser)
     parser.add_argument("file", metavar="FILE", help="where to; - for standard output")
+
+
+def _add_controller(verbs: Verbs[_Parser]) -> None:
+    parser = _verb(
+        verbs, "controller", "qtt_operator.controller:controller_verb", "the operator on a cluster"
+    )
+    parser.add_argument(
+        "--settings", type=Path, metavar="FILE",
+        help="the install's settings (YAML); the Redis address may come as $QTT_REDIS_URL",
+    )  # fmt: skip
 
 
 def _positive(text: str) -> int:

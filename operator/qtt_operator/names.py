@@ -19,3 +19,21 @@ def attempt_folder(c: str, to: int, attempt: int) -> str:
 def checkpoint_folder(c: str, to: int) -> str:
     """Where a step's checkpoint lies, relative to the run's folder."""
     return f"c{c}/f{to}"
+
+
+# --- on a cluster ---------------------------------------------------------------------------------
+
+GROUP = "quicktune.dev"
+RUN_LABEL, RUN_UID_LABEL = f"{GROUP}/run", f"{GROUP}/run-uid"
+CONFIG_LABEL, FIDELITY_LABEL = f"{GROUP}/config", f"{GROUP}/fidelity"
+ATTEMPT_LABEL = f"{GROUP}/attempt"
+COMPONENT_LABEL = "app.kubernetes.io/component"
+DECISION_ANNOTATION, OPEN_ANNOTATION = f"{GROUP}/decision", f"{GROUP}/open"
+SEQUENCE_ANNOTATION, EPOCH_ANNOTATION = f"{GROUP}/seq", f"{GROUP}/epoch"
+TRAINER = "trainer"
+"""The container that runs a step."""
+
+
+def checkpoint_claim(run: str) -> str:
+    """The claim that the operator makes for a run's checkpoints."""
+    return f"{run}-checkpoints"

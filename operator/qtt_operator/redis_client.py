@@ -8,6 +8,7 @@ messages name the address and never a password.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,6 +126,30 @@ async def next_epoch(client: Redis) -> int:
     """A writer's epoch above every earlier one on this store (`INCR qtt:epoch`)."""
     with store_errors(client):
         return int(await client.incr(EPOCH_KEY))
+
+
+async def highest_epoch(client: Redis) -> int:
+    """The highest epoch ever handed out on this store; 0 where there was none."""
+    with store_errors(client):
+        return int(await client.get(EPOCH_KEY) or 0)
+
+
+async def raise_epoch(client: Redis, epoch: int) -> None:
+    """Remember an epoch that was drawn elsewhere (a Lease), so that no later one is lower."""
+    text = (
+        "if tonumber(ARGV[1]) > tonumber(redis.call('GET', KEYS[1]) or '0') "
+        "then redis.call('SET', KEYS[1], ARGV[1]) end return 1"
+    )
+    with store_errors(client):
+        await client.eval(text, 1, EPOCH_KEY, str(epoch))
+
+
+async def server_clock_offset(client: Redis) -> float:
+    """Seconds by which the server's clock, which dates every event, is ahead of ours."""
+    before = time.time()
+    with store_errors(client):
+        seconds, micros = await client.time()
+    return float(seconds) + float(micros) / 1e6 - (before + time.time()) / 2
 
 
 async def check_store(client: Redis) -> list[str]:

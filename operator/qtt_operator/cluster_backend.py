@@ -1,0 +1,321 @@
+"""Jobs of one run on a cluster: `turn.Backend` over the informers' copies and a few writes.
+
+Decides nothing. A Job's end is read from its pod; a Job that was deleted is remembered as ended
+until the ledger has recorded it. What this process knows beyond the API (why it deletes a Job, what
+pods that are gone have used) is a cache: after a restart the Jobs themselves tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+
+from qtt_core.errors import ClusterError
+from qtt_core.jobs import JobDocument
+from qtt_core.ledger.events import Open
+from qtt_core.plan import JobEnd, JobPhase, Observed, ObservedJob
+from qtt_operator import job_ends
+from qtt_operator.cluster import CLAIMS, JOBS, PODS, Cluster, Object
+from qtt_operator.informer import Informer, run_uid, without
+from qtt_operator.manifests import (
+    JobRequest,
+    RunObject,
+    build_checkpoint_claim,
+    build_job,
+    build_pod,
+)
+from qtt_operator.names import (
+    DECISION_ANNOTATION,
+)
+from qtt_operator.settings import OperatorSettings
+
+log = logging.getLogger(__name__)
+
+CONFLICT = 409
+JOB_OF_POD = "batch.kubernetes.io/job-name"
+SOON_SECONDS = 1.0
+
+
+def trim_job(job: Object) -> Object:
+    """A Job without its pod template: what is observed does not need it."""
+    return without(job, [("metadata", "managedFields"), ("spec", "template")])
+
+
+def trim_pod(pod: Object) -> Object:
+    """A pod with its node, its times and its ends."""
+    node = (pod.get("spec") or {}).get("nodeName")
+    slim = without(pod, [("metadata", "managedFields"), ("metadata", "annotations")])
+    return {**slim, "spec": {"nodeName": node}}
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What this process knows of one Job."""
+
+    running_since: float | None = None
+    finished_since: float | None = None
+    killed: str = ""
+    past_seconds: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Copies:
+    """The informers of Jobs and Pods, and the memory of deleted ones, shared by all runs."""
+
+    jobs: Informer
+    pods: Informer
+
+
+@dataclass(slots=True, kw_only=True)
+class ClusterBackend:
+    """Jobs of one TuningRun. `opened` finds the `open` event of a configuration's entry."""
+
+    cluster: Cluster
+    copies: Copies
+    owner: RunObject
+    settings: OperatorSettings
+    epoch: int
+    clock: Callable[[], float]
+    opened: Callable[[str], Open | None] = lambda _c: None
+    wake_after: Callable[[float], None] = lambda _seconds: None
+    others_open: Callable[[], int] = lambda: 0
+    """Live Jobs of other runs, for the install's limit."""
+    commit_delay_seconds: float = 0.0
+    """Wait between a commit and its Job's time to live, where Redis syncs once a second."""
+    _memory: dict[str, _Memory] = field(default_factory=dict)
+    _gone: dict[str, ObservedJob] = field(default_factory=dict)
+    _forgotten: set[str] = field(default_factory=set)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _claims_made: bool = False
+
+    # --- turn.Backend ------------------------------------------------------------------------
+
+    async def observe(self) -> Observed:
+        """Every Job of the run whose end the ledger may still wait for."""
+        jobs = [self._observe(job) for job in self.copies.jobs.of_run(self.owner.uid)]
+        seen = [job for job in jobs if job is not None]
+        names = {job.name for job in seen}
+        seen += [job for job in self._gone.values() if job.name not in names]
+        synced = self.copies.jobs.synced.is_set() and self.copies.pods.synced.is_set()
+        room = max(0, self.settings.max_open_jobs - self.others_open())
+        return Observed(jobs=tuple(seen), synced_at=self.clock() if synced else 0.0, devices=room)
+
+    async def create(self, kind: str, job: str, document: JobDocument) -> None:
+        """Create the Job; one of this name and decision is adopted, one of another run replaced."""
+        c, to = _decision(kind, document)
+        opened = self.opened(c)
+        request = JobRequest(
+            kind=kind, name=job, c=c, to=to, document=document, opened=opened, epoch=self.epoch
+        )
+        if not self._claims_made:
+            await self._make_claims()
+        body = build_job(self.owner, request, self.settings)
+        try:
+            self.copies.jobs.put(await self.cluster.create(JOBS, self.namespace, body))
+        except ClusterError as error:
+            if error.status != CONFLICT:
+                raise
+            await self._adopt(job, opened)
+
+    async def kill(self, job: str, reason: str) -> None:
+        """Delete the Job; it is observed as ended when its pods are gone too."""
+        found = self.copies.jobs.get(self.namespace, job)
+        if found is None:
+            return
+        memory = self._memory.setdefault(_uid(found), _Memory())
+        if not memory.killed:
+            log.info("%s: deleting it, %s", job, reason)
+        memory.killed = memory.killed or reason
+        if not job_ends.is_deleting(found):
+            await self._delete(found, foreground=True)
+
+    async def forget(self, job: str) -> None:
+        """The end is recorded: the Job may be collected, and must not start another pod."""
+        if self._gone.pop(job, None) is not None:
+            return
+        found = self.copies.jobs.get(self.namespace, job)
+        if found is None:
+            return
+        if job_ends.needs_deletion(found, self._pods(found)):
+            await self._delete(found, foreground=False)
+            self._forgotten.add(_uid(found))
+        elif self.commit_delay_seconds:
+            self._forgotten.add(_uid(found))
+            self._later(self._expire(found))
+        else:
+            await self._expire(found)
+
+    # --- told by the informers ----------------------------------------------------------------
+
+    def job_deleted(self, job: Object) -> None:
+        """A Job is gone: if the ledger may wait for it, remember how it ended."""
+        uid = _uid(job)
+        sight = self._sight(job)
+        if uid not in self._forgotten and not _expires(job):
+            end = job_ends.vanished(job, self._pods(job), sight)
+            seen = self._observe(job, end=end)
+            if seen is not None:
+                self._gone[seen.name] = seen
+        self._forgotten.discard(uid)
+        self._memory.pop(uid, None)
+
+    def pod_deleted(self, pod: Object) -> None:
+        """A pod is gone: its device time still counts."""
+        for job in self.copies.jobs.of_run(self.owner.uid):
+            if job["metadata"]["name"] == _job_of(pod):
+                memory = self._memory.setdefault(_uid(job), _Memory())
+                memory.past_seconds += job_ends.held_seconds(pod, self.clock())
+
+    def live(self) -> list[Object]:
+        """Jobs that have not ended, for the limit over all runs."""
+        return [
+            job
+            for job in self.copies.jobs.of_run(self.owner.uid)
+            if not job_ends.finished(job) and not _expires(job)
+        ]
+
+    # --- checks before the first step ----------------------------------------------------------
+
+    async def preflight(self, document: JobDocument, kind: str = "prepare") -> str:
+        """Ask the server whether it would take this Job and its Pod; "" or its words.
+
+        A restricted namespace accepts a bad Job with a warning and refuses its Pod for ever.
+        """
+        c, to = _decision(kind, document)
+        request = JobRequest(
+            kind=kind, name=f"{self.owner.run.name}-check", c=c, to=to,
+            document=document, opened=None, epoch=self.epoch,
+        )  # fmt: skip
+        job = build_job(self.owner, request, self.settings)
+        try:
+            await self.cluster.create(JOBS, self.namespace, job, dry_run=True)
+            await self.cluster.create(PODS, self.namespace, build_pod(job), dry_run=True)
+        except ClusterError as error:
+            if error.status in {400, 403, 404, 409, 422}:
+                return str(error)
+            raise
+        return ""
+
+    # --- parts -------------------------------------------------------------------------------
+
+    @property
+    def namespace(self) -> str:
+        """The run's namespace."""
+        return self.owner.run.namespace
+
+    def waiting(self) -> tuple[str, str]:
+        """Why a pending pod does not run: (reason, message), or ("", "")."""
+        for pod in self.copies.pods.of_run(self.owner.uid):
+            if job_ends.started_at(pod) is None:
+                why = job_ends.waiting_reason(pod)
+                if why[0]:
+                    return why
+        return "", ""
+
+    def _observe(self, job: Object, end: JobEnd | None = None) -> ObservedJob | None:
+        uid = _uid(job)
+        if uid in self._forgotten or (_expires(job) and end is None):
+            return None
+        pods, sight = self._pods(job), self._sight(job)
+        seen = job_ends.observed_job(job, pods, sight)
+        if seen is None or end is None:
+            return seen
+        return ObservedJob(
+            name=seen.name, kind=seen.kind, c=seen.c, to=seen.to, attempt=seen.attempt,
+            phase=JobPhase.ENDED, created_at=seen.created_at, end=end,
+        )  # fmt: skip
+
+    def _sight(self, job: Object) -> job_ends.Sight:
+        """Update what is known of a Job, and say it."""
+        now, pods = self.clock(), self._pods(job)
+        memory = self._memory.setdefault(_uid(job), _Memory())
+        running = any(job_ends.started_at(p) is not None for p in pods)
+        memory.running_since = (memory.running_since or now) if running else None
+        unread = job_ends.finished(job) and not any(map(job_ends.terminated, pods))
+        if unread and memory.finished_since is None:
+            memory.finished_since = now
+            self.wake_after(job_ends.UNREAD_SECONDS + SOON_SECONDS)
+        for pod in pods:
+            if job_ends.is_deleting(pod) and job_ends.terminated(pod) is None:
+                self.wake_after(self.settings.node_lost_grace_seconds + SOON_SECONDS)
+        return job_ends.Sight(
+            now=now, running_since=memory.running_since, finished_since=memory.finished_since,
+            killed=memory.killed, past_seconds=memory.past_seconds,
+            node_lost_grace=self.settings.node_lost_grace_seconds,
+        )  # fmt: skip
+
+    def _pods(self, job: Object) -> list[Object]:
+        name = job["metadata"]["name"]
+        return [pod for pod in self.copies.pods.of_run(run_uid(job)) if _job_of(pod) == name]
+
+    async def _adopt(self, name: str, opened: Open | None) -> None:
+        """A Job of this name exists: ours, as another turn or process made it, or another run's."""
+        found = await self.cluster.get(JOBS, self.namespace, name)
+        if found is None:
+            return  # gone again: the next turn creates it
+        annotations = found["metadata"].get("annotations") or {}
+        decision = annotations.get(DECISION_ANNOTATION)
+        if run_uid(found) == self.owner.uid and (opened is None or decision == opened.h):
+            self.copies.jobs.put(found)
+            return
+        if run_uid(found) and run_uid(found) != self.owner.uid:
+            log.info("%s belongs to an earlier run of this name: deleting it", name)
+        elif run_uid(found):
+            log.warning("%s carries another decision: deleting it", name)
+        else:
+            raise ClusterError(f"Job {name} exists and is not ours; rename it or the TuningRun")
+        await self._delete(found, foreground=True)
+        self.wake_after(SOON_SECONDS)
+
+    async def _make_claims(self) -> None:
+        claim = build_checkpoint_claim(self.owner, self.settings.checkpoint_defaults)
+        if claim is not None:
+            try:
+                await self.cluster.create(CLAIMS, self.namespace, claim)
+            except ClusterError as error:
+                if error.status != CONFLICT:
+                    raise
+        self._claims_made = True
+
+    async def _delete(self, job: Object, *, foreground: bool) -> None:
+        await self.cluster.delete(
+            JOBS, self.namespace, job["metadata"]["name"], uid=_uid(job), foreground=foreground
+        )
+
+    async def _expire(self, job: Object) -> None:
+        """Give the Job its time to live; works on finished and unfinished ones alike."""
+        if self.commit_delay_seconds:
+            await asyncio.sleep(self.commit_delay_seconds)
+        body: Object = {"spec": {"ttlSecondsAfterFinished": self.settings.job_ttl_seconds}}
+        name = job["metadata"]["name"]
+        patched = await self.cluster.patch(JOBS, self.namespace, name, body)
+        if patched is not None:
+            self.copies.jobs.put(patched)
+
+    def _later(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _decision(kind: str, document: JobDocument) -> tuple[str, int]:
+    """(configuration or pseudo-configuration, target epoch) of a job, from its document."""
+    if kind == "step":
+        return str(document.config_id), document.fidelity_to
+    name, _, to = document.step.rpartition("-f")
+    return (name, int(to)) if name and to.isdigit() else (document.step or kind, 1)
+
+
+def _expires(job: Object) -> bool:
+    """Whether its end was recorded: only then a Job gets a time to live."""
+    return (job.get("spec") or {}).get("ttlSecondsAfterFinished") is not None
+
+
+def _uid(found: Object) -> str:
+    return str(found["metadata"]["uid"])
+
+
+def _job_of(pod: Object) -> str:
+    return str((pod["metadata"].get("labels") or {}).get(JOB_OF_POD, ""))

@@ -1,0 +1,152 @@
+"""Who may work: one process at a time holds a Lease, and its epoch fences all it writes.
+
+The Lease is taken before any work and renewed every two seconds. Whether another holder is alive is
+judged by our own clock and by whether its record changes, never by comparing wall clocks. A holder
+that could not renew in time stops at once: what it still writes to the ledger would be refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+
+from qtt_core.errors import ClusterError, ClusterUnavailableError
+from qtt_operator.cluster import LEASES, Cluster, Object
+
+log = logging.getLogger(__name__)
+
+LEASE_SECONDS, RENEW_DEADLINE, RENEW_EVERY = 12.0, 8.0, 2.0
+CONFLICT = 409
+
+
+class LeadershipLostError(ClusterError):
+    """The Lease may be another's: stop writing."""
+
+
+class Leader:
+    """A candidate. `highest_epoch`: the highest epoch ever fenced, read from the store."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        namespace: str,
+        name: str,
+        identity: str,
+        highest_epoch: Callable[[], Awaitable[int]],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._cluster, self._namespace, self._name = cluster, namespace, name
+        self.identity = identity
+        self._highest_epoch, self._now = highest_epoch, now
+        self._lease: Object = {}
+        self._seen: tuple[str, str] = ("", "")
+        self._seen_at = now()
+        self._renewed_at: float | None = None
+        self.epoch = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process holds the Lease and renewed it in time."""
+        return self._renewed_at is not None and self._now() - self._renewed_at < LEASE_SECONDS
+
+    def check(self) -> None:
+        """Raises: LeadershipLostError once the Lease may be another's."""
+        if self._renewed_at is not None and not self.leads:
+            raise LeadershipLostError("the lease ran out before it could be renewed")
+
+    async def acquire(self) -> int:
+        """Wait for the Lease; returns this holder's epoch."""
+        while True:
+            began = self._now()
+            try:
+                if await self._try():
+                    self._renewed_at = began
+                    log.info("leader with epoch %d as %s", self.epoch, self.identity)
+                    return self.epoch
+            except ClusterUnavailableError as error:
+                log.warning("lease: %s", error)
+            except ClusterError as error:
+                if error.status != CONFLICT:
+                    raise
+            await asyncio.sleep(RENEW_EVERY)
+
+    async def keep(self) -> None:
+        """Renew until it fails for too long. Raises: LeadershipLostError."""
+        while True:
+            await asyncio.sleep(RENEW_EVERY)
+            began = self._now()
+            try:
+                async with asyncio.timeout(RENEW_DEADLINE):
+                    await self._write(self.identity, LEASE_SECONDS)
+                self._renewed_at = began
+            except (ClusterUnavailableError, TimeoutError) as error:
+                log.warning("lease not renewed: %s", error or "no answer")
+            except LeadershipLostError:
+                raise
+            except ClusterError as error:
+                if error.status != CONFLICT:
+                    raise
+                await self._reread()
+            assert self._renewed_at is not None
+            if self._now() - self._renewed_at > RENEW_DEADLINE:
+                raise LeadershipLostError(f"lease not renewed for {RENEW_DEADLINE:.0f} s")
+
+    async def release(self) -> None:
+        """Let the next one in at once."""
+        if self.leads:
+            await self._write("", 1.0)
+            self._renewed_at = None
+
+    # --- one look ----------------------------------------------------------------------------
+
+    async def _try(self) -> bool:
+        found = await self._cluster.get(LEASES, self._namespace, self._name)
+        if found is None:
+            self._lease = {}
+            await self._take(0)
+            return True
+        spec = found.get("spec") or {}
+        seen = (str(spec.get("holderIdentity") or ""), str(spec.get("renewTime") or ""))
+        if seen != self._seen:
+            self._seen, self._seen_at = seen, self._now()
+        patience = float(spec.get("leaseDurationSeconds") or LEASE_SECONDS)
+        if seen[0] and self._now() - self._seen_at <= patience:
+            return False
+        self._lease = found
+        await self._take(int(spec.get("leaseTransitions") or 0))
+        return True
+
+    async def _take(self, transitions: int) -> None:
+        """Write us as the holder, with an epoch above every earlier one."""
+        self.epoch = max(transitions, await self._highest_epoch()) + 1
+        await self._write(self.identity, LEASE_SECONDS, acquired=True)
+
+    async def _write(self, holder: str, seconds: float, *, acquired: bool = False) -> None:
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        old = self._lease.get("spec") or {}
+        spec = {
+            **old, "holderIdentity": holder, "leaseDurationSeconds": int(seconds),
+            "renewTime": now, "leaseTransitions": self.epoch,
+            "acquireTime": now if acquired else old.get("acquireTime", now),
+        }  # fmt: skip
+        if self._lease:
+            body = {**self._lease, "spec": spec}
+            self._lease = await self._cluster.replace(LEASES, self._namespace, body)
+            return
+        body = {
+            "apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+            "metadata": {"name": self._name, "namespace": self._namespace}, "spec": spec,
+        }  # fmt: skip
+        self._lease = await self._cluster.create(LEASES, self._namespace, body)
+
+    async def _reread(self) -> None:
+        """After a conflict: a lost answer of our own, or another holder."""
+        found = await self._cluster.get(LEASES, self._namespace, self._name)
+        holder = ((found or {}).get("spec") or {}).get("holderIdentity")
+        if found is None or holder != self.identity:
+            raise LeadershipLostError(f"the lease is held by {holder or 'nobody'}")
+        self._lease = found

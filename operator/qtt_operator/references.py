@@ -1,0 +1,63 @@
+"""What a TuningRun refers to on a cluster, resolved without building a space (a worker does that).
+
+The main process stays small: ConfigSpace would bring SciPy and 75 MiB with it. `qtt lint` resolves
+the same references from files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qtt_core.errors import Fault, SpecError
+from qtt_core.hub import Hub, load_hub, read_hub, select
+from qtt_core.spec import Reference, TuningRun
+from qtt_operator.cluster import CONFIG_MAPS, Cluster
+from qtt_operator.documents import Places
+from qtt_operator.manifests import CHECKPOINTS, DATA, SCRATCH, WEIGHTS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A run's hub, cut to its models, and the text of its `configSpaceRef`, empty without one."""
+
+    hub: Hub
+    space_definition: str = ""
+
+
+async def resolve(cluster: Cluster, run: TuningRun) -> Resolved:
+    """Read ConfigMaps and the hub. Raises: SpecError; ClusterError."""
+    search, limits = run.spec.search, run.spec.search.model_limits
+    if search.hub_ref is None:
+        hub = load_hub(search.hub)
+    else:
+        text = await _text(cluster, run.namespace, "spec.search.hubRef", search.hub_ref)
+        hub = read_hub(search.hub_ref.name, text)
+    ref, definition = search.config_space_ref, ""
+    if ref is not None:
+        definition = await _text(cluster, run.namespace, "spec.search.configSpaceRef", ref)
+    hub = select(
+        hub,
+        models=search.models,
+        max_params=limits.max_params,
+        max_gmacs=limits.max_gmacs,
+        licences=limits.licences,
+        image_size=run.spec.dataset.image_size,
+    )
+    return Resolved(hub=hub, space_definition=definition)
+
+
+async def _text(cluster: Cluster, namespace: str, field: str, reference: Reference) -> str:
+    found = await cluster.get(CONFIG_MAPS, namespace, reference.name)
+    if found is None:
+        raise SpecError([Fault(field, reference.name, f"no such ConfigMap in {namespace}")])
+    data = found.get("data") or {}
+    if reference.key not in data:
+        keys = ", ".join(sorted(data)) or "it is empty"
+        raise SpecError([Fault(f"{field}.key", reference.key, f"the ConfigMap has {keys}")])
+    return str(data[reference.key])
+
+
+def places(run: TuningRun) -> Places:
+    """Where a step finds things in its pod; it never uses the network."""
+    weights = WEIGHTS if run.spec.weights.claim_name else ""
+    return Places(data=DATA, root=CHECKPOINTS, weights=weights, cache=SCRATCH, offline=True)
