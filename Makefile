@@ -15,7 +15,7 @@ INSTALL := -c constraints.txt -c constraints-torch.txt -e '.[local,operator,dev]
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check slow bench clean FORCE
+.PHONY: help venv demo test check crds slow bench clean FORCE
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -56,6 +56,10 @@ check: venv ## lint, format, types, import rules, drift
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports
 	@$(PY) -m pytest -q tests/packaging/test_drift.py
+
+crds: venv ## write the CRD and the tables of docs/manifest.md from the table of fields
+	@$(PY) -m qtt_operator.crd > crds/quicktune.dev_tuningruns.yaml
+	@$(PY) docs/manifest_tables.py
 
 slow: venv ## the tests that take minutes of CPU
 	@$(PY) -m pytest -q -m slow $(PYTEST_FLAGS)

@@ -126,7 +126,7 @@ SEARCH = section(
             63,
         ),
         "configSpaceRef": _reference(
-            "A ConfigSpace of your own, as its JSON.", "the space", "space.json", reach=INERT
+            "A ConfigSpace of your own, as its JSON.", "the space", "space.json"
         ),
         "portfolio": text(
             "Meta-learned prior: Auto, tiny, micro, mini, extended, None, or a file of the "

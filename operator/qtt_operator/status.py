@@ -17,9 +17,9 @@ from qtt_core.retention import ranked
 from qtt_core.spec import RunSpec
 from qtt_core.steps import Metric, Recommendation
 from qtt_operator.names import COMPLETE_REASONS, checkpoint_folder
+from qtt_operator.status_schema import MESSAGE_LENGTH, TOP
 
 Condition = dict[str, Any]
-TOP = 5
 
 
 def build_status(
@@ -35,7 +35,7 @@ def build_status(
     now: float,
     previous: Sequence[Condition] = (),
 ) -> dict[str, Any]:
-    """The status as a JSON-able mapping; at most a few KiB at any number of steps."""
+    """The status as a JSON-able mapping, of the shape of `status_schema`: at most a few KiB."""
     status: dict[str, Any] = {
         "phase": phase.value,
         "seed": identity.seed,
@@ -89,7 +89,7 @@ def _trial(history: ConfigHistory, metric: Metric) -> dict[str, Any]:
     epoch = history.best_epoch or 0
     return {
         "configID": history.config_id,
-        "model": str(history.config.get("model", "")),
+        "model": str(history.config.get("model", ""))[:256],
         "score": "" if best is None else shown(best, metric),
         "fidelity": epoch,
         "costSeconds": f"{history.trained_seconds:.1f}",
@@ -100,13 +100,14 @@ def _best(
     recommendation: Recommendation, histories: Mapping[int, ConfigHistory], metric: Metric
 ) -> dict[str, Any]:
     history = histories[recommendation.config_id]
-    return _trial(history, metric) | {
+    best = {
         "score": shown(recommendation.score, metric),
         "observedScore": shown(recommendation.best_observed.score, metric),
         "fidelity": recommendation.fidelity,
         "checkpoint": checkpoint_folder(str(history.config_id), history.checkpoint_epoch),
-        "time": _time(history.ended_at),
     }
+    ended = {"time": _time(history.ended_at)} if history.ended_at else {}
+    return _trial(history, metric) | best | ended
 
 
 def _conditions(
@@ -147,11 +148,11 @@ def _merged(
             "type": kind,
             "status": status,
             "reason": reason,
-            "message": message[:1024],
+            "message": message[:MESSAGE_LENGTH],
             "lastTransitionTime": since,
         }
     return list(old.values())
 
 
 def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if seconds else ""
+    return datetime.fromtimestamp(seconds, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
