@@ -219,6 +219,14 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "trainer": {"custom": True, "devices": 8},
     },
     "external optimizer": {"optimizer": {"algorithm": "External", "name": "mine"}},
+    "two centuries": {"budget": {"maxWallclock": "1752000h"}},
+    "amounts": {
+        "checkpoint": {
+            "volumeClaimTemplate": {**RWO, "resources": {"requests": {"storage": 5, "x": "1.5e3"}}}
+        }
+    },
+    "tiny decimals": {"optimizer": {"tolerance": "-1.5e-12", "costFactor": "+0"}},
+    "dots in a claim": {"dataset": {"claimName": "...", "path": "a/..b/./c..", "valSplit": ".v"}},
     "seed 0": {"optimizer": {"seed": 0}},
     "claim template": {"checkpoint": {"volumeClaimTemplate": RWO, "scope": "Config"}},
     "one pod, one Job": {"checkpoint": {"volumeClaimTemplate": RWOP}},
@@ -395,6 +403,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "spec.budget.maxGPUSeconds",
         "integer",
     ),
+    "three centuries": (
+        {"budget": {"maxWallclock": "2600000h"}},
+        "spec.budget.maxWallclock",
+        "positive duration",
+    ),
+    "less than a nanosecond": (
+        {"budget": {"maxWallclock": "0.5ns"}},
+        "spec.budget.maxWallclock",
+        "positive duration",
+    ),
     "wallclock as number": (
         {"budget": {"maxWallclock": 3600}},
         "spec.budget.maxWallclock",
@@ -447,6 +465,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         {"checkpoint": {"volumeClaimTemplate": {**RWO, "accessModes": ["ReadOnlyMany"]}}},
         "spec.checkpoint.volumeClaimTemplate.accessModes[0]",
         "ReadWriteMany",
+    ),
+    "amount of storage": (
+        {
+            "checkpoint": {
+                "volumeClaimTemplate": {**RWO, "resources": {"requests": {"storage": "200 Gi"}}}
+            }
+        },
+        "spec.checkpoint.volumeClaimTemplate.resources.requests.storage",
+        "such as 200Gi",
     ),
     "no resources": (
         {"checkpoint": {"volumeClaimTemplate": {"accessModes": ["ReadWriteOnce"]}}},
