@@ -153,7 +153,7 @@ class ClusterBackend:
         """A Job is gone: if the ledger may wait for it, remember how it ended."""
         uid = _uid(job)
         sight = self._sight(job)
-        if uid not in self._forgotten and not _expires(job):
+        if uid not in self._forgotten and not is_recorded(job):
             end = job_ends.vanished(job, self._pods(job), sight)
             seen = self._observe(job, end=end)
             if seen is not None:
@@ -173,7 +173,7 @@ class ClusterBackend:
         return [
             job
             for job in self.copies.jobs.of_run(self.owner.uid)
-            if not job_ends.finished(job) and not _expires(job)
+            if not job_ends.finished(job) and not is_recorded(job)
         ]
 
     # --- checks before the first step ----------------------------------------------------------
@@ -216,7 +216,7 @@ class ClusterBackend:
 
     def _observe(self, job: Object, end: JobEnd | None = None) -> ObservedJob | None:
         uid = _uid(job)
-        if uid in self._forgotten or (_expires(job) and end is None):
+        if uid in self._forgotten or (is_recorded(job) and end is None):
             return None
         pods, sight = self._pods(job), self._sight(job)
         seen = job_ends.observed_job(job, pods, sight)
@@ -308,7 +308,7 @@ def _decision(kind: str, document: JobDocument) -> tuple[str, int]:
     return (name, int(to)) if name and to.isdigit() else (document.step or kind, 1)
 
 
-def _expires(job: Object) -> bool:
+def is_recorded(job: Object) -> bool:
     """Whether its end was recorded: only then a Job gets a time to live."""
     return (job.get("spec") or {}).get("ttlSecondsAfterFinished") is not None
 

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 def controller_verb(arguments: argparse.Namespace) -> Outcome:
     """`qtt controller`: run until SIGTERM."""
     logging.getLogger().setLevel(logging.INFO)
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # a line for each of our writes
     asyncio.run(run_operator(load_settings(arguments.settings)))
     return Outcome()
 

@@ -28,11 +28,10 @@ from qtt_core.fields import raise_faults
 from qtt_core.ledger.events import PREPARE, Open
 from qtt_core.ledger.fold import LedgerState, fold
 from qtt_core.plan import CreateJob, Identity, JobPhase, Plan
-from qtt_core.planner import PREPARE_TIMEOUT
 from qtt_core.spec import changed_immutable_fields, immutable_digest, parse_manifest
 from qtt_core.steps import decision_hash, digest
 from qtt_operator.cluster import RUNS, Cluster, Object
-from qtt_operator.cluster_backend import ClusterBackend, Copies
+from qtt_operator.cluster_backend import ClusterBackend, Copies, is_recorded
 from qtt_operator.cluster_status import (
     Truth,
     cluster_status,
@@ -62,6 +61,9 @@ TURNS = 10
 """Turns of one run before the next run has its go."""
 
 STORE_AWAY_SECONDS = 3.0
+
+CHECK_SECONDS = 3600.0
+"""Time limit of the Pod that is only tried out on the server."""
 
 
 class _Wake(asyncio.Event):
@@ -174,7 +176,7 @@ class Reconciler:
 
     async def _bring_forward(self, key: Key, found: Object, run: ActiveRun | None) -> float | None:
         if run is None:
-            if ended(found) and not self._copies.jobs.of_run(_uid(found)):
+            if ended(found) and all(map(is_recorded, self._copies.jobs.of_run(_uid(found)))):
                 return await self._after_the_end(found)
             run = await self._start(key, found)
             self.active[key] = run
@@ -187,12 +189,13 @@ class Reconciler:
             await self._say(found, why)
             return self._settings.resync_seconds
         plan, again = await self._turns(run)
-        written = await self._write_status(run, plan)
-        if again is None and run.context.state.closed is not None and self._is_still(run):
-            await tell_the_rest(run.context)
-            await self._write_status(run, plan, now_or_later=True)
+        over = run.context.state.closed is not None and again is None
+        if over and self._is_still(run):
+            await tell_the_rest(run.context)  # the last status names the best of all results
+            await self._write_status(run, plan, at_once=True)
             await self._drop(run)
             return await self._after_the_end(self.objects.get(key, found))
+        written = await self._write_status(run, plan) if not over else STORE_AWAY_SECONDS
         pause = pause_seconds(plan) if again is None else again
         return min(pause, self._settings.resync_seconds, written)
 
@@ -292,7 +295,7 @@ class Reconciler:
         )  # fmt: skip
         job = CreateJob(
             kind="prepare", c=PREPARE, frm=0, to=1, attempt=0, decision=decision,
-            timeout_seconds=PREPARE_TIMEOUT,
+            timeout_seconds=CHECK_SECONDS,
         )  # fmt: skip
         document = job_document(contents, job, run.context.state)
         run.rejected = await run.backend.preflight(document)
@@ -321,9 +324,7 @@ class Reconciler:
 
     # --- status -------------------------------------------------------------------------------
 
-    async def _write_status(
-        self, run: ActiveRun, plan: Plan, *, now_or_later: bool = False
-    ) -> float:
+    async def _write_status(self, run: ActiveRun, plan: Plan, *, at_once: bool = False) -> float:
         """Write what changed, at most every few seconds; seconds until a held-back write is due."""
         context = run.context
         status = build_status(
@@ -336,12 +337,14 @@ class Reconciler:
             status, self._truths(run, plan), previous=previous, uid=run.uid,
             generation=run.generation, now=self.clock(), store=redacted(self._settings.redis_url),
         )  # fmt: skip
+        if context.recommendation is None and "best" in run.status:
+            full["best"] = run.status["best"]  # an optimizer that is not loaded yet knows none
         patch = merge_patch(run.status, full)
         if not patch:
             return self._settings.resync_seconds
         wait = run.written_at + self._settings.status_seconds - time.monotonic()
         fresh = news(previous, full["conditions"])
-        if wait > 0 and not fresh and not now_or_later:
+        if wait > 0 and not fresh and not at_once:
             return wait
         for condition in fresh:
             log.info(
