@@ -117,6 +117,8 @@ class Identity:
     spec_hash: str
     version: str
     raw_spec: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    """As in the event `Run`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -242,7 +242,7 @@ def _start(i: PlannerInput) -> Iterator[Action]:
         event = Run(
             name=i.identity.name, spec_hash=i.identity.spec_hash, seed=i.identity.seed,
             algorithm=i.spec.optimizer.algorithm, version=i.identity.version,
-            space_hash=i.identity.space_sha, spec=i.identity.raw_spec,
+            space_hash=i.identity.space_sha, spec=i.identity.raw_spec, files=i.identity.files,
         )  # fmt: skip
         yield RecordNote(event=event, key="run")
 

@@ -7,6 +7,7 @@ starts nothing, writes nothing, needs no cluster and loads no torch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,11 @@ from qtt_core.fields import raise_faults
 from qtt_core.hub import Hub, load_hub, read_hub, select
 from qtt_core.space import SearchSpace, build_space, custom_space
 from qtt_core.spec import Reference, TuningRun
-from qtt_core.steps import Config
+from qtt_core.steps import Config, digest
 from qtt_operator.abilities import not_installed, unreadable
 from qtt_operator.manifest_file import read_manifest, scan_manifest
 
-_SPACE_REF = "spec.search.configSpaceRef"
+_SPACE_REF, _HUB_REF = "spec.search.configSpaceRef", "spec.search.hubRef"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,8 @@ class CheckedRun:
     initial: tuple[Config, ...] = ()
     space_definition: str = ""
     """ConfigSpace's JSON of a `configSpaceRef`, for `OptimizerSetup.space_definition`."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Field -> digest of the file that it names, however it is laid out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +136,7 @@ def choose_hub(run: TuningRun, beside: Path) -> Hub:
     if search.hub_ref is None:
         hub = load_hub(search.hub)
     else:
-        text = reference_text("spec.search.hubRef", search.hub_ref, beside)
+        text = reference_text(_HUB_REF, search.hub_ref, beside)
         hub = read_hub(search.hub_ref.name, text)
     limits = search.model_limits
     return select(
@@ -229,12 +232,27 @@ def _resolve(run: TuningRun, beside: Path) -> tuple[CheckedRun | None, list[Faul
     faults += more
     if faults:
         return None, faults
-    ref = run.spec.search.config_space_ref
-    definition = reference_text(_SPACE_REF, ref, beside) if ref else ""
+    texts = _referenced(run, beside)
     checked = CheckedRun(
-        run=run, hub=hub, space=space, initial=initial, space_definition=definition
+        run=run,
+        hub=hub,
+        space=space,
+        initial=initial,
+        space_definition=texts.get(_SPACE_REF, ""),
+        files={name: digest(json.loads(text, parse_constant=str)) for name, text in texts.items()},
     )
     return checked, []
+
+
+def _referenced(run: TuningRun, beside: Path) -> dict[str, str]:
+    """Field -> text of the file that it names."""
+    search = run.spec.search
+    references = {_HUB_REF: search.hub_ref, _SPACE_REF: search.config_space_ref}
+    return {
+        name: reference_text(name, reference, beside)
+        for name, reference in references.items()
+        if reference is not None
+    }
 
 
 def initial_configs(

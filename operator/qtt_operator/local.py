@@ -92,7 +92,7 @@ async def run_local(options: LocalOptions, view: View) -> AsyncIterator[Finished
             await ledger.fence()
             state = fold(await ledger.read())
             if state.run is not None:
-                check_drift(state.run, setup.run)
+                check_drift(state.run, setup.run, setup.files)
                 if state.run.space_hash != setup.space_sha:
                     view.note("the search space differs from the recorded one: newer code")
             known = local_start.facts(setup, uid, embedded=options.redis_url is None)

@@ -57,6 +57,8 @@ class LocalSetup:
     space_sha: str
     space_definition: str
     """ConfigSpace's JSON of a `configSpaceRef`, empty for a named space."""
+    files: Mapping[str, str]
+    """Field -> digest of the file that it names."""
     slots: tuple[Slot, ...]
     notes: tuple[str, ...] = ()
 
@@ -78,17 +80,23 @@ def prepare_local(options: LocalOptions) -> LocalSetup:
         space_id=checked.space.space_id,
         space_sha=checked.space.sha,
         space_definition=checked.space_definition,
+        files=checked.files,
         slots=slots,
         notes=(*notes, *more, *local_notes(run, beside, options.mounts)),
     )
 
 
-def check_drift(recorded: Run, run: TuningRun) -> None:
-    """Refuse a manifest that describes another run than the one that was started.
+def check_drift(recorded: Run, run: TuningRun, files: Mapping[str, str]) -> None:
+    """Refuse a manifest, or a file it names, that describes another run than the one started.
 
     Raises: SpecDriftError naming the fields and `--fresh`.
     """
-    fields = changed_immutable_fields(recorded.spec, run.raw_spec)
+    fields = list(changed_immutable_fields(recorded.spec, run.raw_spec))
+    fields += [
+        f"the file of {name}"
+        for name, digest in files.items()
+        if recorded.files.get(name, digest) != digest  # a field that came or went is named above
+    ]
     if fields:
         remedy = "undo the change, or start over with --fresh (the old state is kept aside)"
         raise SpecDriftError(fields, remedy)

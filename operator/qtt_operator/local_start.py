@@ -37,6 +37,7 @@ def identity_of(setup: LocalSetup, state: LedgerState, uid: str, *, fresh_seed: 
         spec_hash=immutable_digest(setup.run.raw_spec),
         version=qtt_core.__version__,
         raw_spec=setup.run.raw_spec,
+        files=setup.files,
     )
 
 

@@ -69,7 +69,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run(Event):
-    """The first event: what this run is. `spec` is the normalised manifest spec as JSON."""
+    """The first event: what this run is. `spec` is the normalised manifest spec as JSON.
+
+    `files`: field -> digest of the file that it names (`spec.search.hubRef`).
+    """
 
     kind: ClassVar[str] = "run"
     name: str
@@ -79,6 +82,7 @@ class Run(Event):
     version: str
     space_hash: str
     spec: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
 

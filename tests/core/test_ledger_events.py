@@ -35,6 +35,7 @@ BY_TYPE: Mapping[str, st.SearchStrategy[Any]] = {
     "float": NUMBER,
     "bool": st.booleans(),
     "Mapping[str, Any]": JSON,
+    "Mapping[str, str]": st.dictionaries(TEXT, TEXT, max_size=3),
     "Mapping[str, float]": st.dictionaries(TEXT, NUMBER, max_size=3),
     "Mapping[str, int]": st.dictionaries(TEXT, st.integers(), max_size=3),
     "tuple[str, ...]": st.lists(TEXT, max_size=3).map(tuple),
@@ -75,7 +76,7 @@ def test_the_schema_number_is_always_written() -> None:
 
 
 DEFAULTS_OF_SCHEMA_1: Mapping[str, Mapping[str, object]] = {
-    "run": {"ep": 0, "schema": 1, "spec": {}},
+    "run": {"ep": 0, "schema": 1, "spec": {}, "files": {}},
     "prepared": {
         "ep": 0, "c": "prepare", "to": 1, "a": 0, "metafeatures": {}, "excluded": {},
         "missing_weights": (), "digest": "", "warnings": (), "dev": 0.0,

@@ -274,6 +274,12 @@ def test_a_hub_of_ones_own_lies_beside_the_manifest(place: str, write: Write) ->
     assert report.checked is not None, messages(report)
     assert report.checked.hub.name == "mine"
     assert report.checked.space.legal("model") == ("own",)
+    before = report.checked.files
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=1))
+    assert load_checked(path).files == before, "laid out differently, the same cards"
+    file.write_text(file.read_text().replace('"own"', '"other"'))
+    assert load_checked(path).files != before
+    assert set(before) == {"spec.search.hubRef"}
 
 
 def test_a_broken_hub_file_is_named_with_its_place(write: Write) -> None:

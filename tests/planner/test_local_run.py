@@ -284,7 +284,7 @@ def own_space(make_runner, tmp_path):
     return make
 
 
-def test_a_space_of_ones_own_is_what_the_run_searches(own_space):
+def test_a_space_of_ones_own_is_what_the_run_searches_and_may_not_change(own_space):
     runner = own_space()
 
     code, _, err = runner.run()
@@ -293,6 +293,9 @@ def test_a_space_of_ones_own_is_what_the_run_searches(own_space):
     configs = runner.ledger()[0]["configs"].values()
     assert {frozenset(config) for config in configs} == {frozenset({"lr", "model"})}
     assert all(2e-3 <= config["lr"] <= 3e-3 for config in configs)
+    code, _, err = own_space(high=4e-3).run()
+    assert code == 64
+    assert "the file of spec.search.configSpaceRef" in err
 
 
 def test_two_runners_of_one_run_exclude_each_other(make_runner, tmp_path):

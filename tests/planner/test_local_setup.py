@@ -115,22 +115,35 @@ def make_run(**spec):
     )
 
 
+HUB = {"spec.search.hubRef": "aa"}
+
+
 def recorded(run):
     return Run(
         name="birds", spec_hash="h", seed=0, algorithm="QuickTune", version="0", space_hash="s",
-        spec=run.raw_spec,
+        spec=run.raw_spec, files=HUB,
     )  # fmt: skip
 
 
 def test_a_raised_budget_is_no_drift():
-    check_drift(recorded(make_run()), make_run(budget={"maxSteps": 9}, parallelism=3))
+    check_drift(recorded(make_run()), make_run(budget={"maxSteps": 9}, parallelism=3), HUB)
+
+
+@pytest.mark.parametrize("before", [{}, HUB], ids=["an older ledger knows none", "same"])
+def test_the_same_files_are_no_drift(before):
+    check_drift(replace(recorded(make_run()), files=before), make_run(), HUB)
+
+
+def test_a_changed_file_behind_a_field_is_drift():
+    with pytest.raises(SpecDriftError, match=r"the file of spec\.search\.hubRef.*--fresh"):
+        check_drift(recorded(make_run()), make_run(), {"spec.search.hubRef": "bb"})
 
 
 def test_drift_names_every_immutable_field_and_fresh():
     changed = make_run(objective={"metric": "top5"}, fidelity={"max": 9})
 
     with pytest.raises(SpecDriftError, match="--fresh") as refused:
-        check_drift(recorded(make_run()), changed)
+        check_drift(recorded(make_run()), changed, {})
 
     fields = " ".join(refused.value.fields)
     assert "spec.objective.metric" in fields
