@@ -163,12 +163,14 @@ def optimizer_events(
     configs: Mapping[str, Config],
     *,
     told: Mapping[str, int] | None = None,
+    charged_devices: float = 1.0,
 ) -> list[tuple[str, OptimizerEvent]]:
     """What the optimizer is fed for these events, each with its stream id, in ledger order.
 
     `told`: config id -> highest epoch told before these events, for a tail of the stream; it is
     `LedgerState.heads` of the fold of everything before. Retries, pseudo-configurations and notes
-    are not told. `expected_seconds` of a proposal is what its decision reserved.
+    are not told. `expected_seconds` of a proposal is what its decision reserved, per Job: device-
+    seconds over `charged_devices` (`RunSpec.charged_devices`).
 
     Raises: LedgerError if a configuration was opened but is not in `configs`.
     """
@@ -176,7 +178,7 @@ def optimizer_events(
     feed: list[tuple[str, OptimizerEvent]] = []
     for event in events:
         if isinstance(event, Open) and not is_pseudo(event.c):
-            feed.append((event.id, _proposal(event, configs)))
+            feed.append((event.id, _proposal(event, configs, charged_devices)))
         elif isinstance(event, Done):
             head = heads.get(event.c, 0)
             feed.append((event.id, _observation(event, head)))
@@ -306,10 +308,10 @@ def _new_epochs(event: Done, head: int) -> list[tuple[int, float, float]]:
     return [entry for entry in event.epochs if entry[0] > head]
 
 
-def _proposal(event: Open, configs: Mapping[str, Config]) -> Proposal:
+def _proposal(event: Open, configs: Mapping[str, Config], charged_devices: float) -> Proposal:
     return Proposal(
         config_id=int(event.c), config=_config_of(event.c, configs), fidelity_from=event.frm,
-        fidelity_to=event.to, expected_seconds=event.res, why=_why(event),
+        fidelity_to=event.to, expected_seconds=event.res / charged_devices, why=_why(event),
     )  # fmt: skip
 
 

@@ -29,12 +29,26 @@ class JobPhase(StrEnum):
     ENDED = "ended"
 
 
+class Cause(StrEnum):
+    """Words of a back end for ends that say nothing about the trainer (`JobEnd.reason`)."""
+
+    RUNNER_LOST = "RunnerLost"
+    VANISHED = "Vanished"
+    EVICTED = "Evicted"
+    NODE_LOST = "NodeLost"
+    DEADLINE = "DeadlineExceeded"
+    PENDING = "PendingTimeout"
+    OOM_KILLED = "OOMKilled"
+    STOPPED = "Stopped"
+    SERVE_DIED = "ServeDied"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEnd:
     """How a job's trainer process ended, as the back end saw it.
 
     `exit_code` None = killed by `signal` or never seen to end; `message`: the termination message;
-    `reason`: the back end's own word (`OOMKilled`, `DeadlineExceeded`, `RunnerLost`, …).
+    `reason`: a `Cause`, or empty where the exit code says it all.
     Units: seconds of device time held, and seconds waited before it.
     """
 
@@ -77,7 +91,9 @@ class Verdict:
 class ObservedJob:
     """One job, by the decision it belongs to; `c` as in the ledger.
 
-    A back end leaves `verdict` None; the gather stage fills it for ended jobs.
+    A back end leaves `verdict` None; the gather stage fills it for ended jobs. `pending_since`:
+    since when nothing but the cluster keeps a pending job from running (queues are not counted);
+    None = no limit. `opening`: the decision as the job carries it, for a ledger that lost it.
     """
 
     name: str
@@ -88,6 +104,8 @@ class ObservedJob:
     phase: JobPhase
     created_at: float
     started_at: float | None = None
+    pending_since: float | None = None
+    opening: OpenStep | None = None
     end: JobEnd | None = None
     verdict: Verdict | None = None
 
@@ -141,7 +159,10 @@ class OptimizerView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerInput:
-    """Everything a decision may depend on; `now` in seconds since 1970."""
+    """Everything a decision may depend on; `now` in seconds since 1970.
+
+    `retry_token`: a person's wish to try again (`quicktune.dev/retry`); each token acts once.
+    """
 
     spec: RunSpec
     identity: Identity
@@ -149,6 +170,7 @@ class PlannerInput:
     observed: Observed
     optimizer: OptimizerView
     now: float
+    retry_token: str = ""
 
 
 # --- actions ---------------------------------------------------------------------------------
@@ -211,7 +233,11 @@ class OpenStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreateJob:
-    """Start the present attempt of an open decision."""
+    """Start the present attempt of an open decision.
+
+    `oom_kills`: how often it was killed for host memory: fewer workers, more memory.
+    `avoid_nodes`: nodes whose device failed lately.
+    """
 
     kind: str
     c: str
@@ -221,6 +247,8 @@ class CreateJob:
     decision: str
     timeout_seconds: float
     allow_restart: bool = False
+    oom_kills: int = 0
+    avoid_nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,17 +7,30 @@ never told, until its own limit is reached.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qtt_core.ledger.events import Cancel, Done, Fail, Retry
-from qtt_core.ledger.fold import OpenEntry
-from qtt_core.plan import Ending, JobEnd, Verdict
+from qtt_core.ledger.fold import APP_REASONS, OpenEntry
+from qtt_core.plan import Cause, Ending, JobEnd, Verdict
 from qtt_core.results import State
 from qtt_core.spec import RunSpec
 
-UNCOUNTED = frozenset({"RunnerLost", "NodeLost", "Evicted", "Stopped", State.PREEMPTED.value})
+MOVED = "timeout_progressed"
+"""A time-out of an attempt that trained: the next one begins further on."""
+
+UNCOUNTED = frozenset(
+    {
+        Cause.RUNNER_LOST.value,
+        Cause.NODE_LOST.value,
+        Cause.EVICTED.value,
+        Cause.STOPPED.value,
+        State.PREEMPTED.value,
+        MOVED,
+    }
+)
 """Ends that say nothing about the step: retried without limit."""
 
-BUG, BAD_MESSAGE = "bug", "badmessage"
-TIMEOUTS = (State.TIMEOUT.value, "DeadlineExceeded")
+TIMEOUTS = (State.TIMEOUT.value, Cause.DEADLINE.value)
 STUCK_AFTER = 2
 """Time-outs without progress before a configuration counts as infeasible."""
 
@@ -30,7 +43,7 @@ CORRUPT_LIMIT = 3
 
 def charged_seconds(end: JobEnd, spec: RunSpec) -> float:
     """Device-seconds an attempt is charged: time held × devices × share (30-kubernetes 2.3)."""
-    return end.device_seconds * spec.trainer.devices * spec.gpu_share
+    return end.device_seconds * spec.charged_devices
 
 
 def settle(
@@ -44,7 +57,7 @@ def settle(
     if verdict.kind is Ending.BAD_DATA:
         return _cancel(entry, verdict, end, spec, retire=False)
     if verdict.kind is Ending.BUG:
-        if _count(entry, BUG, BAD_MESSAGE) < spec.failure_policy.max_app_failures_per_config:
+        if _count(entry, *APP_REASONS) < spec.failure_policy.max_app_failures_per_config:
             return _retry(entry, verdict, end, spec)
         return _cancel(entry, verdict, end, spec, retire=True)
     return _infra(entry, verdict, end, spec)
@@ -63,17 +76,22 @@ def may_restart(entry: OpenEntry) -> bool:
     return _count(entry, State.CHECKPOINT_CORRUPT.value) >= CORRUPT_LIMIT - 1
 
 
+def oom_kills(entry: OpenEntry) -> int:
+    """How often the decision was killed for host memory."""
+    return _count(entry, Cause.OOM_KILLED.value)
+
+
 def _infra(entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec) -> Fail | Retry | Cancel:
     reason = verdict.reason
     if reason in UNCOUNTED:
         return _retry(entry, verdict, end, spec)
-    if reason == "OOMKilled" and _count(entry, reason) >= OOM_KILLS:
+    if reason == Cause.PENDING:
+        return _cancel(entry, verdict, end, spec, retire=False)
+    if reason == Cause.OOM_KILLED and oom_kills(entry) >= OOM_KILLS:
         return _fail(entry, State.OOM, end, spec, "killed for memory again and again")
-    if (
-        reason in TIMEOUTS
-        and _count(entry, *TIMEOUTS) + 1 >= STUCK_AFTER
-        and not _progressed(verdict)
-    ):
+    if reason in TIMEOUTS and _progressed(verdict):
+        return _retry(entry, replace(verdict, reason=MOVED), end, spec)
+    if reason in TIMEOUTS and _count(entry, *TIMEOUTS) + 1 >= STUCK_AFTER:
         return _fail(entry, State.INFEASIBLE, end, spec, "ran out of time twice without finishing")
     if reason == State.CHECKPOINT_CORRUPT.value and _count(entry, reason) + 1 >= CORRUPT_LIMIT:
         return _cancel(entry, verdict, end, spec, retire=True)
@@ -129,8 +147,8 @@ def _cancel(
 
 
 def _progressed(verdict: Verdict) -> bool:
-    """Whether a timed-out attempt says that it moved forward."""
-    return verdict.result is not None and verdict.result.timing.get("progress", 0.0) > 0
+    """Whether a timed-out attempt trained: what it saved is where the next one begins."""
+    return verdict.result is not None and verdict.result.timing.get("train", 0.0) > 0
 
 
 def _count(entry: OpenEntry, *reasons: str) -> int:

@@ -182,6 +182,11 @@ class RunSpec:
         return known or Metric(name=self.objective.metric, maximise=maximise)
 
     @property
+    def charged_devices(self) -> float:
+        """Device-seconds that one second of a Job costs: devices × share (30-kubernetes 2.3)."""
+        return self.trainer.devices * self.gpu_share
+
+    @property
     def max_failed_configs(self) -> int:
         """Half of the pool, at least 10, where the manifest is silent."""
         return self.failure_policy.max_failed_configs or max(10, self.search.pool_size // 2)

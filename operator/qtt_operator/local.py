@@ -276,7 +276,7 @@ class _Runner:
             return self._stopper.ending if context.run.spec.suspend else None
         if context.run.spec.suspend:
             return suspended_ending()
-        if plan.held is not None and not context.view.busy:
+        if plan.held is not None and not context.view.busy and not context.state.open:
             return held_ending(*plan.held)
         return None
 

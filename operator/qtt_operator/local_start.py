@@ -13,8 +13,8 @@ from typing import Any
 import qtt_core
 from qtt_core.ledger.events import Event, Note, Reopen
 from qtt_core.ledger.fold import RETRY_NOTE, LedgerState
+from qtt_core.limits import may_reopen
 from qtt_core.plan import Identity, Observed, OptimizerView, PlannerInput
-from qtt_core.planner import end_reason
 from qtt_core.spec import immutable_digest
 from qtt_core.steps import Metric, nonce
 from qtt_operator.documents import Places
@@ -47,7 +47,8 @@ def started_again(state: LedgerState) -> tuple[Event, str] | None:
     if closed is not None:
         failed = closed.reason not in COMPLETE_REASONS
         return (Reopen(reason="Retried"), f"reopen-{closed.id}") if failed else None
-    if state.cancelled_in_a_row or state.invalid_in_a_row or state.bugs_in_a_row:
+    failures = state.cancelled_in_a_row or state.invalid_in_a_row or state.bugs_in_a_row
+    if failures or state.dataset_changed:
         return Note(what=RETRY_NOTE, new="started again"), f"{RETRY_NOTE}-{state.last_id}"
     return None
 
@@ -64,7 +65,7 @@ def is_over(setup: LocalSetup, state: LedgerState, identity: Identity, now: floa
         optimizer=OptimizerView(),
         now=now,
     )
-    return state.closed.reason != "BudgetExhausted" or end_reason(i) is not None
+    return not may_reopen(i)
 
 
 def orphans(run: str, state: LedgerState, metric: Metric) -> list[Orphan]:

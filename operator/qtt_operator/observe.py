@@ -6,10 +6,14 @@ or loss. A message that cannot be trusted is a bug of the trainer, never clamped
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 from qtt_core.errors import MessageError
 from qtt_core.ledger.events import PREPARE
 from qtt_core.ledger.fold import OpenEntry
-from qtt_core.plan import Ending, JobEnd, Verdict
+from qtt_core.plan import Cause, Ending, JobEnd, Verdict
 from qtt_core.results import (
     EXIT_BAD_DATA,
     EXIT_BAD_JOB,
@@ -20,20 +24,6 @@ from qtt_core.results import (
     StepResult,
 )
 from qtt_core.steps import Metric, nonce
-
-INFRA_REASONS = frozenset(
-    {
-        "RunnerLost",
-        "Vanished",
-        "Evicted",
-        "NodeLost",
-        "DeadlineExceeded",
-        "OOMKilled",
-        "Stopped",
-        "ServeDied",
-    }
-)
-"""Words of the back end for ends that say nothing about the trainer."""
 
 SIGTERM, SIGKILL = 15, 9
 
@@ -52,7 +42,7 @@ def classify(end: JobEnd, entry: OpenEntry, metric: Metric) -> Verdict:
         result = None
     if result is not None and result.state in _COMMITTED:
         return _committed(result, entry, metric)
-    if end.reason in INFRA_REASONS:
+    if end.reason in set(Cause):
         return Verdict(
             kind=Ending.INFRA, reason=end.reason, message=_text(result, end), result=result
         )
@@ -72,8 +62,9 @@ def _message(end: JobEnd, entry: OpenEntry) -> StepResult:
 
 def _committed(result: StepResult, entry: OpenEntry, metric: Metric) -> Verdict:
     if entry.c == PREPARE:
-        if result.prepared is None:
-            return Verdict(kind=Ending.BUG, reason="badmessage", message="prepare sent no facts")
+        wrong = _wrong_facts(result.prepared)
+        if wrong:
+            return Verdict(kind=Ending.BUG, reason="badmessage", message=wrong, result=result)
         return Verdict(kind=Ending.PREPARED, reason="ok", state=result.state, result=result)
     try:
         result.check_epochs(metric=metric, fidelity_from=entry.frm, fidelity_to=entry.to)
@@ -87,6 +78,23 @@ def _committed(result: StepResult, entry: OpenEntry, metric: Metric) -> Verdict:
         result=result,
         scores=scores,
     )
+
+
+def _wrong_facts(facts: Mapping[str, Any] | None) -> str:
+    """What is wrong with the facts of a `prepare`, empty if they can be recorded."""
+    if facts is None:
+        return "prepare sent no facts"
+    for name in ("n_train", "n_val", "classes"):
+        if not isinstance(facts.get(name), int) or facts[name] < 1:
+            return f"prepare sent {name} {facts.get(name)!r}; a count of at least 1"
+    if not isinstance(facts.get("fingerprint"), str) or not facts["fingerprint"]:
+        return "prepare sent no fingerprint"
+    numbers = facts.get("metafeatures")
+    if not isinstance(numbers, Mapping) or not all(
+        isinstance(value, int | float) and math.isfinite(value) for value in numbers.values()
+    ):
+        return f"prepare sent metafeatures {numbers!r}; finite numbers by name"
+    return ""
 
 
 def _untrusted(end: JobEnd, why: str) -> Verdict:

@@ -131,6 +131,8 @@ class RunContext:
     garbage: Callable[[RunContext, str], tuple[str, ...]] = lambda _context, _config: ()
     """Checkpoint folders the next job of a configuration may delete."""
     clock: Callable[[], float] = time.time
+    retry_token: str = ""
+    """The newest value of the annotation `quicktune.dev/retry`."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     state: LedgerState = field(default_factory=LedgerState)
     events: list[Event] = field(default_factory=list)
@@ -172,9 +174,10 @@ def pause_seconds(plan: p.Plan) -> float:
 
 async def gather(context: RunContext) -> p.PlannerInput:
     """Read the ledger's tail, the jobs and the optimizer's answers."""
-    if not context.events:
-        context.configs = await context.ledger.configs()
     tail = await context.ledger.read(context.state.last_id)
+    opened = {event.c for event in tail if isinstance(event, Open) and event.c.isdigit()}
+    if not opened <= context.configs.keys():  # a new process, or a write whose answer was lost
+        context.configs = await context.ledger.configs()
     context.events.extend(tail)
     context.state = fold(tail, context.state)
     context.observed = _with_verdicts(context, await context.backend.observe())
@@ -186,6 +189,7 @@ async def gather(context: RunContext) -> p.PlannerInput:
         observed=context.observed,
         optimizer=view,
         now=context.clock(),
+        retry_token=context.retry_token,
     )
 
 
@@ -300,7 +304,9 @@ def _start_call(context: RunContext, work: Coroutine[None, None, None]) -> None:
 
 async def _load(context: RunContext) -> None:
     last = context.state.last_id
-    history = optimizer_events(context.events, context.configs)
+    history = optimizer_events(
+        context.events, context.configs, charged_devices=context.run.spec.charged_devices
+    )
     heads, count = context.state.heads, len(context.events)
     await context.optimizer.load(context.setup(context.state), history)
     context.recommendation = await context.optimizer.recommend()
@@ -311,7 +317,10 @@ async def _load(context: RunContext) -> None:
 async def _tell(context: RunContext) -> None:
     """Feed what is behind `told`, in the ledger's order, live as on replay."""
     tail = context.events[context.told_count :]
-    fresh = optimizer_events(tail, context.configs, told=context.told_heads)
+    fresh = optimizer_events(
+        tail, context.configs, told=context.told_heads,
+        charged_devices=context.run.spec.charged_devices,
+    )  # fmt: skip
     if fresh:
         await context.optimizer.tell(fresh)
         if not all(isinstance(event, Proposal) for _, event in fresh):

@@ -246,11 +246,15 @@ class Note(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Close(Event):
-    """The run ended; `reason` is one of the reasons of the conditions Complete and Failed."""
+    """The run ended; `reason` is one of the reasons of the conditions Complete and Failed.
+
+    `budget`: the limits it had then, by their names in the manifest.
+    """
 
     kind: ClassVar[str] = "close"
     reason: str
     msg: str = ""
+    budget: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

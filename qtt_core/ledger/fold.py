@@ -35,6 +35,9 @@ from qtt_core.results import State
 APP_REASONS = frozenset({"bug", "badmessage", State.INTERNAL.value})
 """Reasons of `retry` and `cancel` that are faults of the trainer, not of the infrastructure."""
 
+GPU_REASONS = frozenset({State.INFRA_GPU.value})
+"""Ends that are a node's fault: the next attempt runs elsewhere for a while."""
+
 DATA_REASONS = frozenset({State.BAD_DATA.value, State.DATASET_CHANGED.value})
 RETRY_NOTE = "retry"
 """A note that a person asked to go on after failures in a row."""
@@ -77,6 +80,8 @@ class LedgerState:
     """Config id -> highest committed epoch. Pseudo-configurations are not listed."""
     step_keys: frozenset[tuple[str, int]] = frozenset()
     """(config or pseudo-configuration, absolute target epoch) of every committed step."""
+    attempts: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    """(c, target epoch) of cancelled decisions -> the first attempt number not used yet."""
     retired: frozenset[str] = frozenset()
     failed: Mapping[str, str] = field(default_factory=dict)
     """Config id -> why it is closed: diverged, oom, infeasible, or a cancel's reason (retired)."""
@@ -94,6 +99,12 @@ class LedgerState:
     """Cancels with exit 64 since the last `done` or `fail`."""
     bugs_in_a_row: int = 0
     """Configurations retired for a fault of the trainer since the last `done` or `fail`."""
+    dataset_changed: str = ""
+    """What the trainer said when it found other data than `prepare`; empty while they agree."""
+    recheck: bool = False
+    """A person asked to read the changed data set again."""
+    bad_nodes: Mapping[str, float] = field(default_factory=dict)
+    """Node -> time of its newest device fault."""
     notes: tuple[Note, ...] = ()
     last_end: float = 0.0
     """Time of the newest `done`, `fail`, `retry` or `cancel`."""
@@ -132,6 +143,7 @@ class _Folder:
         self.open = dict(state.open)
         self.heads = dict(state.heads)
         self.step_keys = set(state.step_keys)
+        self.attempts = dict(state.attempts)
         self.retired = set(state.retired)
         self.failed = dict(state.failed)
         self.steps, self.results = state.steps, state.results
@@ -141,13 +153,15 @@ class _Folder:
         self.infra_retries = state.infra_retries
         self.cancelled, self.invalid = state.cancelled_in_a_row, state.invalid_in_a_row
         self.bugs = state.bugs_in_a_row
+        self.dataset_changed, self.recheck = state.dataset_changed, state.recheck
+        self.bad_nodes = dict(state.bad_nodes)
         self.notes = list(state.notes)
         self.last_end, self.first_time = state.last_end, state.first_time
-        self.order = _position(state.last_id)
+        self.order = position(state.last_id)
 
     def take(self, event: Event) -> None:
         if event.id:  # an event that was never written has none
-            order = _position(event.id)
+            order = position(event.id)
             if order <= self.order:
                 raise LedgerError(f"event {event.id} comes after {self.last_id}")
             self.last_id, self.order = event.id, order
@@ -162,7 +176,9 @@ class _Folder:
         return LedgerState(
             last_id=self.last_id, epoch=self.epoch, run=self.run, prepared=self.prepared,
             weights=self.weights, closed=self.closed, open=self.open, heads=self.heads,
-            step_keys=frozenset(self.step_keys), retired=frozenset(self.retired),
+            step_keys=frozenset(self.step_keys), attempts=self.attempts,
+            dataset_changed=self.dataset_changed, recheck=self.recheck,
+            bad_nodes=self.bad_nodes, retired=frozenset(self.retired),
             failed=self.failed, steps=self.steps, results=self.results,
             charged_seconds=self.charged, overhead_seconds=self.overhead,
             queue_seconds=self.queue, infra_retries=self.infra_retries,
@@ -221,10 +237,15 @@ class _Folder:
             entry, attempt=event.a, since=event.time, retries=(*entry.retries, event.reason),
             charged=entry.charged + event.dev,
         )  # fmt: skip
-        self.infra_retries += event.reason not in APP_REASONS
+        self.infra_retries += event.reason not in APP_REASONS | USER_REASONS
+        if event.reason in GPU_REASONS and event.node:
+            self.bad_nodes[event.node] = event.time
 
     def on_cancel(self, event: Cancel) -> None:
         self._end(event)
+        self.attempts[event.c, event.to] = event.a + 1
+        if event.reason == State.DATASET_CHANGED:
+            self.dataset_changed, self.recheck = event.msg or event.reason, False
         if event.retire:
             self.retired.add(event.c)
             self.failed[event.c] = event.reason
@@ -241,6 +262,7 @@ class _Folder:
         self._close_pseudo(event.id, event.c, event.to, event.a)
         self.charged += event.dev
         self.prepared = event
+        self.dataset_changed, self.recheck = "", False
         self.cancelled = self.invalid = self.bugs = 0
 
     def on_weights(self, event: WeightsFetched) -> None:
@@ -251,7 +273,7 @@ class _Folder:
         if event.what == EVALUATION:
             self._close_pseudo(event.id, event.c, event.to, event.a)
         if event.what == RETRY_NOTE:
-            self.cancelled = self.invalid = self.bugs = 0  # a person has looked
+            self._looked_at()
         self.notes.append(event)
 
     def on_close(self, event: Close) -> None:
@@ -259,7 +281,12 @@ class _Folder:
 
     def on_reopen(self, _event: Reopen) -> None:
         self.closed = None
-        self.cancelled = self.invalid = self.bugs = 0  # a person has looked
+        self._looked_at()
+
+    def _looked_at(self) -> None:
+        """A person has looked: failures in a row begin anew."""
+        self.cancelled = self.invalid = self.bugs = 0
+        self.recheck = bool(self.dataset_changed)
 
     # --- what they share ---
 
@@ -307,7 +334,7 @@ _HANDLERS: Mapping[type[Event], Callable[..., None]] = {
 }
 
 
-def _position(stream_id: str) -> tuple[int, int]:
+def position(stream_id: str) -> tuple[int, int]:
     """A stream id as (milliseconds, sequence), which sorts; ids as text do not."""
     milliseconds, _, sequence = stream_id.partition("-")
     try:

@@ -91,7 +91,7 @@ DEFAULTS_OF_SCHEMA_1: Mapping[str, Mapping[str, object]] = {
     "retry": {"ep": 0, "ov": 0.0, "q": 0.0, "node": "", "msg": ""},
     "cancel": {"ep": 0, "retire": False, "dev": 0.0, "ov": 0.0, "q": 0.0, "msg": ""},
     "note": {"ep": 0, "old": "", "new": "", "c": "", "to": 1, "a": 0},
-    "close": {"ep": 0, "msg": ""},
+    "close": {"ep": 0, "msg": "", "budget": {}},
     "reopen": {"ep": 0},
 }  # fmt: skip
 

@@ -319,3 +319,40 @@ def test_ten_thousand_steps_fold_in_a_fraction_of_a_second() -> None:
 
     assert state.steps == 10_000
     assert spent < 1.5  # five times the target: other work shares the core
+
+
+def test_a_cancelled_decision_leaves_the_next_attempt_number() -> None:
+    retry = Retry(c="7", to=1, a=1, reason="infra_gpu", dev=1.0)
+    state = fold(numbered(run(), opened(), retry, Cancel(c="7", to=1, a=1, reason="infra_gpu")))
+
+    assert state.attempts == {("7", 1): 2}
+
+
+def test_changed_data_are_remembered_until_a_person_asks_and_prepare_agrees() -> None:
+    changed = Cancel(c="7", to=1, a=0, reason="dataset_changed", msg="f, expected g")
+    first = numbered(run(), opened("prepare"), prepared(), opened(), changed)
+    held = fold(first)
+    asked = fold([replace(Note(what="retry", new="t"), id="2000000-0")], held)
+    second = [
+        replace(opened("prepare", 1, 2), id="2000001-0"),
+        replace(prepared(to=2), id="2000002-0"),
+    ]
+
+    assert (held.dataset_changed, held.recheck) == ("f, expected g", False)
+    assert (asked.dataset_changed, asked.recheck) == ("f, expected g", True)
+    after = fold(second, asked)
+    assert (after.dataset_changed, after.recheck) == ("", False)
+
+
+def test_nodes_whose_device_failed_are_remembered_with_the_time() -> None:
+    fault = Retry(c="7", to=1, a=1, reason="infra_gpu", node="n1", dev=1.0)
+    other = Retry(c="7", to=1, a=2, reason="Evicted", node="n2", dev=1.0)
+    state = fold(numbered(run(), opened(), fault, other))
+
+    assert state.bad_nodes == {"n1": 1002.0}
+
+
+def test_a_step_that_a_person_stopped_is_no_infrastructure_retry() -> None:
+    stopped = Retry(c="7", to=1, a=1, reason="Stopped", dev=1.0)
+
+    assert fold(numbered(run(), opened(), stopped)).infra_retries == 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from qtt_core.ledger.fold import OpenEntry
-from qtt_core.plan import Ending, JobEnd
+from qtt_core.plan import Cause, Ending, JobEnd
 from qtt_core.results import Epoch, State, StepResult
 from qtt_core.steps import METRICS, nonce
 from qtt_operator.observe import classify
@@ -90,13 +91,10 @@ def test_a_message_with_nan_is_refused() -> None:
 
 
 def test_prepare_without_facts_is_a_bad_message() -> None:
-    entry = OpenEntry(
-        c="prepare", frm=0, to=1, attempt=2, decision="h", reserved=1.0, opened_id="1-0", since=0.0
-    )
-    facts = {"fingerprint": "f"}
+    entry = replace(ENTRY, c="prepare", frm=0, to=1)
 
     assert classify(end(0, message(State.OK)), entry, TOP1).reason == "badmessage"
-    good = classify(end(0, message(State.OK, prepared=facts)), entry, TOP1)
+    good = classify(end(0, message(State.OK, prepared=FACTS)), entry, TOP1)
     assert good.kind is Ending.PREPARED
 
 
@@ -107,3 +105,36 @@ def test_the_message_fits_into_a_pods_limit_with_150_epochs() -> None:
     assert len(text.encode()) <= 4096
     parsed = StepResult.parse(text, nonce=nonce("h", 2), attempt=2)
     assert [e.epoch for e in parsed.epochs] == [e for e, _ in epochs]
+
+
+FACTS: dict[str, Any] = {
+    "fingerprint": "f", "n_train": 8, "n_val": 4, "classes": 2, "metafeatures": {"n_train": 8.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({}, ""),
+        ({"fingerprint": ""}, "fingerprint"),
+        ({"n_train": None}, "n_train"),
+        ({"n_val": 0}, "n_val"),
+        ({"classes": "2"}, "classes"),
+        ({"metafeatures": None}, "metafeatures"),
+        ({"metafeatures": {"n": "many"}}, "metafeatures"),
+    ],
+)
+def test_facts_of_prepare_that_cannot_be_recorded_are_a_bad_message(
+    change: dict[str, Any], word: str
+) -> None:
+    """A trainer of the user's own may send anything; the run must not stop over a KeyError."""
+    entry = replace(ENTRY, c="prepare", frm=0, to=1)
+    verdict = classify(end(0, message(State.OK, prepared=FACTS | change)), entry, TOP1)
+
+    assert verdict.kind is (Ending.BUG if word else Ending.PREPARED)
+    assert word in verdict.message
+
+
+@pytest.mark.parametrize("cause", list(Cause))
+def test_every_word_of_a_back_end_is_known(cause: Cause) -> None:
+    assert classify(end(None, reason=cause.value), ENTRY, TOP1).kind is Ending.INFRA

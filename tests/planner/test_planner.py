@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from qtt_core import plan as p
-from qtt_core.ledger.events import Close, Prepared, Run
+from qtt_core.ledger.events import Close, Open, Prepared, Run
 from qtt_core.ledger.fold import LedgerState, OpenEntry
 from qtt_core.planner import budget_view, decide, end_reason, step_timeout
 from qtt_core.results import State, StepResult
-from qtt_core.spec import Budget, Dataset, FailurePolicy, Fidelity, RunSpec
+from qtt_core.spec import Budget, Dataset, FailurePolicy, Fidelity, RunSpec, Trainer
 from qtt_core.steps import Proposal, Why
 
 NOW = 1_000_000.0
@@ -393,3 +393,206 @@ def test_the_same_input_gives_the_same_plan() -> None:
     i = make_input(optimizer=answered(proposal(1), proposal(2)))
 
     assert decide(i) == decide(i)
+
+
+# --- what a cluster adds --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("phase", "since", "reason"),
+    [
+        (p.JobPhase.PENDING, NOW - 1801, "PendingTimeout"),
+        (p.JobPhase.PENDING, NOW - 1799, None),
+        (p.JobPhase.PENDING, None, None),
+        (p.JobPhase.QUEUED, NOW - 9999, None),
+    ],
+    ids=["too long", "in time", "unknown", "a queue has no limit"],
+)
+def test_a_job_that_cannot_start_is_given_up_but_one_in_a_queue_waits(
+    phase: p.JobPhase, since: float | None, reason: str | None
+) -> None:
+    ledger = make_ledger(open=opened(entry("3")))
+    waiting = job("3", phase=phase, started_at=None, pending_since=since)
+    plan = decide(make_input(ledger=ledger, jobs=(waiting,)))
+
+    kills = [action.reason for action in plan.actions if isinstance(action, p.Kill)]
+    assert kills == ([] if reason is None else [reason])
+
+
+@pytest.mark.parametrize("phase", [p.JobPhase.QUEUED, p.JobPhase.PENDING])
+@pytest.mark.parametrize(
+    ("spec", "steps"),
+    [(make_spec(suspend=True), 0), (make_spec(budget=Budget(max_gpu_seconds=5.0)), 9)],
+    ids=["suspended", "budget used up"],
+)
+def test_what_has_not_started_when_a_run_ends_or_pauses_does_not_start(
+    phase: p.JobPhase, spec: RunSpec, steps: int
+) -> None:
+    ledger = make_ledger(open=opened(entry("3"), entry("4")), charged_seconds=float(steps))
+    jobs = (job("3", phase=phase, started_at=None), job("4"))
+    plan = decide(make_input(spec=spec, ledger=ledger, jobs=jobs))
+
+    assert only(plan, p.Kill).job == jobs[0].name
+
+
+def test_a_retry_is_not_started_once_the_budget_is_used_up() -> None:
+    """Else a step that is retried again and again overshoots the budget without bound."""
+    spec = make_spec(budget=Budget(max_gpu_seconds=20.0))
+    ledger = make_ledger(charged_seconds=21.0, open=opened(entry("3", attempt=4)))
+    plan = decide(make_input(spec=spec, ledger=ledger))
+
+    cancel = only(plan, p.Commit).event
+    assert (cancel.kind, cancel.a, cancel.retire) == ("cancel", 4, False)
+    unseen = replace(make_input(spec=spec, ledger=ledger), observed=p.Observed(synced_at=0.0))
+    assert "Commit" not in kinds(decide(unseen))  # its job may exist
+
+
+def closed_by_the_optimizer(**budget: float) -> LedgerState:
+    close = Close(id="6-0", reason="BudgetExhausted", budget=budget)
+    return make_ledger(steps=5, last_id="6-0", closed=close)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reopens"),
+    [
+        ({"maxSteps": 10.0}, Budget(max_steps=10), False),
+        ({"maxSteps": 10.0}, Budget(max_steps=11), True),
+        ({"maxSteps": 10.0}, Budget(max_steps=9), False),
+        ({"maxSteps": 10.0}, Budget(max_gpu_seconds=50.0), True),
+        ({"maxSteps": 10.0, "maxGPUSeconds": 9.0}, Budget(max_steps=10), True),
+        ({}, Budget(max_steps=10), True),
+    ],
+    ids=["same", "raised", "lowered", "limit gone", "second limit gone", "older version"],
+)
+def test_a_run_that_the_optimizer_ended_by_budget_reopens_only_for_a_larger_one(
+    old: dict[str, float], new: Budget, reopens: bool
+) -> None:
+    """The optimizer ends below the limit, when no step fits any more; that must not be undone."""
+    i = make_input(spec=make_spec(budget=new), ledger=closed_by_the_optimizer(**old))
+
+    assert kinds(decide(i)) == (["RecordNote"] if reopens else ["Requeue"])
+
+
+def test_a_close_records_the_limits_it_ended_under() -> None:
+    spec = make_spec(budget=Budget(max_steps=10, max_wallclock=500.0))
+    close = only(decide(make_input(spec=spec, ledger=make_ledger(steps=10))), p.RecordNote).event
+
+    assert close.budget == {"maxSteps": 10, "maxWallclock": 500.0}
+
+
+def test_a_token_is_noted_once_and_reopens_a_failed_run_only() -> None:
+    failed = make_ledger(closed=Close(id="5-0", reason="TooManyFailedConfigs"))
+    first = decide(replace(make_input(ledger=failed), retry_token="again-1"))
+    note = only(first, p.RecordNote)
+    assert (note.event.kind, note.event.what, note.event.new) == ("note", "retry", "again-1")
+
+    noted = replace(failed, notes=(replace(note.event, id="6-0"),), last_id="6-0")
+    second = only(decide(replace(make_input(ledger=noted), retry_token="again-1")), p.RecordNote)
+    assert (second.event.kind, second.event.reason) == ("reopen", "Retried")
+
+    older = replace(noted, closed=Close(id="7-0", reason="TooManyFailedConfigs"))
+    complete = replace(noted, closed=Close(id="5-0", reason="GoalReached"))
+    for state in (older, complete):
+        i = replace(make_input(ledger=state), retry_token="again-1")
+        assert kinds(decide(i)) == ["Requeue"]
+
+
+def test_a_decision_that_was_cancelled_begins_with_an_attempt_never_used() -> None:
+    """Names of Jobs and folders hold the attempt: the old Job may still exist under it."""
+    ledger = make_ledger(attempts={("1", 1): 7})
+    plan = decide(make_input(ledger=ledger, optimizer=answered(proposal(1), proposal(2))))
+
+    steps = [action.event for action in plan.actions if isinstance(action, p.OpenStep)]
+    assert [(step.c, step.a) for step in steps] == [("1", 7), ("2", 0)]
+
+
+def test_changed_data_hold_the_run_until_a_person_asks_then_prepare_compares() -> None:
+    changed = make_ledger(dataset_changed="fingerprint a, expected b")
+    held = decide(make_input(ledger=changed))
+    assert (kinds(held), held.held) == (
+        ["Requeue"],
+        ("DatasetChanged", "fingerprint a, expected b"),
+    )
+
+    asked = replace(changed, recheck=True, prepared=replace(PREPARED, a=2))
+    step = only(decide(make_input(ledger=asked)), p.OpenStep).event
+    assert (step.c, step.frm, step.to, step.a) == ("prepare", 1, 2, 3)
+
+    verdict = p.Verdict(kind=p.Ending.BAD_DATA, reason="dataset_changed", message="differs")
+    again = replace(asked, open=opened(entry("prepare", 1, 2)))
+    ended_job = replace(ended("prepare", 2, verdict=verdict), kind="prepare")
+    plan = decide(make_input(ledger=again, jobs=(ended_job,)))
+    assert only(plan, p.RecordNote).event.reason == "BadData"
+
+
+def test_a_full_volume_holds_new_steps_while_the_waiting_one_is_tried_again() -> None:
+    full = entry("3", retries=("disk_full",), attempt=1, since=NOW - 5)
+    plan = decide(make_input(ledger=make_ledger(open=opened(full))))
+
+    assert only(plan, p.CreateJob).attempt == 1
+    assert plan.held is not None
+    assert plan.held[0] == "DiskFull"
+    other = decide(make_input(ledger=make_ledger(open=opened(full)), jobs=(job("3", attempt=1),)))
+    assert "Ask" not in kinds(other)
+
+
+def test_a_job_is_told_of_memory_kills_and_of_nodes_whose_device_failed_lately() -> None:
+    killed = entry("3", retries=("OOMKilled", "OOMKilled"), attempt=2, since=NOW - 99)
+    nodes = {"n1": NOW - 3599, "n2": NOW - 3601}
+    ledger = make_ledger(open=opened(killed), bad_nodes=nodes)
+    create = only(decide(make_input(ledger=ledger)), p.CreateJob)
+
+    assert (create.oom_kills, create.avoid_nodes) == (2, ("n1",))
+
+
+def carried(c: str, frm: int, to: int, attempt: int = 0, **changes: Any) -> p.ObservedJob:
+    event = Open(c=c, frm=frm, to=to, h=f"h{c}", res=5.0)
+    opening = p.OpenStep(event=event, config={"model": "m"})
+    return job(c, to, attempt=attempt, opening=opening, **changes)
+
+
+@pytest.mark.parametrize("phase", [p.JobPhase.RUNNING, p.JobPhase.ENDED])
+def test_a_decision_that_the_store_lost_is_recorded_again_from_its_job(phase: p.JobPhase) -> None:
+    lost = carried("3", 2, 4, attempt=1, phase=phase)
+    plan = decide(make_input(ledger=make_ledger(heads={"3": 2}), jobs=(lost,)))
+
+    step = only(plan, p.OpenStep)
+    assert (step.event.c, step.event.frm, step.event.to, step.event.a) == ("3", 2, 4, 1)
+    assert kinds(plan) == ["OpenStep"]
+    assert plan.held is not None
+    assert plan.held[0] == "DataRegressed"
+
+
+def test_a_decision_beyond_a_lost_result_waits_for_it_and_is_not_killed() -> None:
+    ledger = make_ledger(heads={"3": 1})
+    plan = decide(make_input(ledger=ledger, jobs=(carried("3", 2, 4),)))
+
+    assert kinds(plan) == ["Requeue"]
+    assert plan.held is not None
+
+
+@pytest.mark.parametrize(
+    "ledger",
+    [
+        make_ledger(heads={"3": 4}, step_keys=frozenset({("3", 4)})),
+        make_ledger(heads={"3": 2}, attempts={("3", 4): 1}),
+        make_ledger(heads={"3": 2}, failed={"3": "oom"}),
+        make_ledger(heads={"3": 2}, closed=Close(id="5-0", reason="GoalReached")),
+    ],
+    ids=["recorded", "cancelled", "closed configuration", "closed run"],
+)
+def test_an_old_decision_is_not_recorded_again(ledger: LedgerState) -> None:
+    plan = decide(make_input(ledger=ledger, jobs=(carried("3", 2, 4),)))
+
+    assert "OpenStep" not in kinds(plan)
+    assert only(plan, p.Kill)
+
+
+def test_the_optimizer_counts_in_seconds_of_a_job_whatever_it_is_charged() -> None:
+    spec = make_spec(
+        budget=Budget(max_gpu_seconds=800.0),
+        trainer=Trainer(custom=True, devices=4), gpu_share=0.5,
+    )  # fmt: skip
+    view = budget_view(make_input(spec=spec, ledger=make_ledger(charged_seconds=100.0)))
+
+    assert (view.spent_seconds, view.total_seconds) == (50.0, 400.0)

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from qtt_core.ledger.fold import OpenEntry
-from qtt_core.plan import Ending, JobEnd, Verdict
-from qtt_core.results import State, StepResult
-from qtt_core.settle import may_restart, retry_delay, settle
+from qtt_core.ledger.events import Cancel, Fail, Open, Retry
+from qtt_core.ledger.fold import USER_REASONS, OpenEntry, fold
+from qtt_core.plan import Cause, Ending, JobEnd, Verdict
+from qtt_core.results import (
+    EXIT_BAD_DATA,
+    EXIT_BAD_JOB,
+    EXIT_BUG,
+    EXIT_CODES,
+    EXIT_RETRY,
+    State,
+    StepResult,
+)
+from qtt_core.settle import UNCOUNTED, may_restart, retry_delay, settle
 from qtt_core.spec import Budget, Dataset, FailurePolicy, RunSpec, Trainer
 
+COUNTERS = {
+    Ending.BAD_JOB: "invalid_in_a_row",
+    Ending.BAD_DATA: "",
+    Ending.BUG: "bugs_in_a_row",
+    Ending.INFRA: "cancelled_in_a_row",
+}
 SPEC = RunSpec(dataset=Dataset(claim_name="d"), budget=Budget(max_steps=1))
 END = JobEnd(exit_code=75, device_seconds=10.0, queue_seconds=2.0, node="n1")
 
@@ -54,6 +70,8 @@ def result(state: State, *scores: tuple[int, float, float], **changes: Any) -> V
         (infra("infra_gpu"), ("preempted",) * 6, "retry", None),
         (infra("timeout"), (), "retry", None),
         (infra("timeout"), ("DeadlineExceeded",), "fail", None),
+        (infra("timeout"), ("timeout_progressed",) * 9, "retry", None),
+        (infra("PendingTimeout"), (), "cancel", False),
         (infra("OOMKilled"), ("OOMKilled",), "retry", None),
         (infra("OOMKilled"), ("OOMKilled",) * 2, "fail", None),
         (infra("weights_corrupt"), ("weights_corrupt",), "cancel", True),
@@ -73,11 +91,63 @@ def test_the_event_that_records_an_end(
 
 
 def test_a_time_out_that_made_progress_is_retried_for_ever() -> None:
-    progress = StepResult(attempt=1, nonce="n", state=State.TIMEOUT, timing={"progress": 12.0})
+    """`train` is what the trainer's message says; a word only the tests know would never come."""
+    trained = StepResult(attempt=1, nonce="n", state=State.TIMEOUT, timing={"train": 12.0})
+    past: tuple[str, ...] = ("timeout",)
+    for _ in range(20):
+        event = settle(entry(*past), infra("timeout", result=trained), END, SPEC)
+        assert event.kind == "retry"
+        past = (*past, event.reason)
 
-    event = settle(entry("timeout", "timeout"), infra("timeout", result=progress), END, SPEC)
+    assert settle(entry(*past), infra("timeout"), END, SPEC).kind == "fail"
 
-    assert event.kind == "retry"
+
+CAUSES = [infra(cause.value) for cause in Cause]
+STATES = {
+    EXIT_BAD_JOB: Ending.BAD_JOB,
+    EXIT_BAD_DATA: Ending.BAD_DATA,
+    EXIT_BUG: Ending.BUG,
+    EXIT_RETRY: Ending.INFRA,
+}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "counter"),
+    [
+        *((v, "cancelled_in_a_row") for v in CAUSES if v.reason not in USER_REASONS),
+        *(
+            (Verdict(kind=STATES[code], reason=state.value), COUNTERS[STATES[code]])
+            for state, code in EXIT_CODES.items()
+            if code in STATES
+        ),
+        (Verdict(kind=Ending.BUG, reason="badmessage"), "bugs_in_a_row"),
+        (Verdict(kind=Ending.BUG, reason="bug"), "bugs_in_a_row"),
+        (Verdict(kind=Ending.BAD_JOB, reason="weights_unavailable"), "invalid_in_a_row"),
+        (infra("unknown"), "cancelled_in_a_row"),
+        (infra("Killed"), "cancelled_in_a_row"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.kind.value} {value.reason}",
+)
+def test_every_cancel_is_counted_as_the_fault_it_is(verdict: Verdict, counter: str) -> None:
+    """The words of `settle` and the sets of `fold` are two lists; this ties them."""
+    state = fold([])
+    opening = Open(c="4", frm=0, to=3, h="h", res=1.0)
+    event: object = None
+    past: list[str] = []
+    while not isinstance(event, Cancel):
+        now = replace(entry(*past), frm=0)
+        event = settle(now, verdict, END, SPEC)
+        if isinstance(event, Fail):
+            return  # a fact about the configuration
+        assert isinstance(event, Retry | Cancel)
+        past.append(event.reason)
+        if len(past) > 20:
+            assert verdict.reason in UNCOUNTED
+            return
+    state = fold([opening, replace(event, a=0)], state)
+
+    counts = {name: getattr(state, name) for name in set(COUNTERS.values()) - {""}}
+    assert counts == {name: int(name == counter) for name in counts}
 
 
 def test_overhead_is_what_was_held_but_not_trained() -> None:

@@ -1,0 +1,249 @@
+"""What a run has left, why it ends and why it stands still, read off a planner's input. Pure.
+
+Nothing here orders anything; `planner` turns these facts into actions, status shows them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from qtt_core.ledger.events import PREPARE
+from qtt_core.ledger.fold import RETRY_NOTE, OpenEntry, position
+from qtt_core.plan import JobPhase, ObservedJob, Phase, PlannerInput
+from qtt_core.results import State
+from qtt_core.spec import Budget
+from qtt_core.steps import BudgetView
+
+PREPARE_TIMEOUT = 4 * 3600.0
+BUGS_IN_A_ROW, INVALID_IN_A_ROW, INFRA_IN_A_ROW = 5, 3, 3
+"""Configurations lost one after the other, no result between, before a person must look."""
+
+COMPLETE = {
+    "goal": "GoalReached",
+    "gain": "GainExhausted",
+    "exhausted": "SpaceExhausted",
+    "budget": "BudgetExhausted",
+}
+"""The optimizer's word for an end -> the reason of the condition Complete."""
+
+
+def steps_of(frm: int, to: int, delta: int) -> int:
+    """Steps of `delta` epochs between two epochs; the last one may be shorter."""
+    return math.ceil((to - frm) / delta)
+
+
+def tuning(i: PlannerInput) -> list[OpenEntry]:
+    """Open entries of real configurations, in id order."""
+    entries = [entry for c, entry in i.ledger.open.items() if c.isdigit()]
+    return sorted(entries, key=lambda entry: int(entry.c))
+
+
+def _reserved_seconds(i: PlannerInput) -> float:
+    return sum(entry.reserved for entry in tuning(i))
+
+
+def _open_steps(i: PlannerInput) -> int:
+    return sum(steps_of(entry.frm, entry.to, i.spec.fidelity.step) for entry in tuning(i))
+
+
+def steps_left(i: PlannerInput) -> float:
+    """Steps that may still be opened."""
+    limit = i.spec.budget.max_steps
+    return math.inf if limit is None else limit - i.ledger.steps - _open_steps(i)
+
+
+def seconds_left(i: PlannerInput) -> float:
+    """Device-seconds neither charged nor reserved."""
+    limit = i.spec.budget.max_gpu_seconds
+    return math.inf if limit is None else limit - i.ledger.charged_seconds - _reserved_seconds(i)
+
+
+def wallclock_left(i: PlannerInput) -> float:
+    """Seconds of wall clock left, counted from the run's first event."""
+    limit = i.spec.budget.max_wallclock
+    started = i.ledger.first_time or i.now
+    return math.inf if limit is None else limit - (i.now - started)
+
+
+def budget_view(i: PlannerInput) -> BudgetView:
+    """Limits and what ended jobs have used; the optimizer itself counts what it has pending.
+
+    Seconds are those of one Job, as the optimizer is told and predicts them: a Job on many devices
+    uses a budget of device-seconds up faster. Wall clock counts for all workers.
+    """
+    rate = i.spec.charged_devices
+    spent = i.ledger.charged_seconds / rate
+    totals = []
+    if i.spec.budget.max_gpu_seconds is not None:
+        totals.append(i.spec.budget.max_gpu_seconds / rate)
+    if i.spec.budget.max_wallclock is not None:
+        totals.append(spent + max(0.0, wallclock_left(i)) * slots(i))
+    return BudgetView(
+        total_seconds=min(totals) if totals else None,
+        spent_seconds=spent,
+        total_steps=i.spec.budget.max_steps,
+        spent_steps=i.ledger.steps,
+        workers=max(1, slots(i)),
+    )
+
+
+def slots(i: PlannerInput) -> int:
+    """Jobs that may be open at once."""
+    return min(i.spec.parallelism, i.observed.devices)
+
+
+def step_timeout(i: PlannerInput, entry_c: str, reserved: float) -> float:
+    """Seconds an attempt may run: the manifest's, else max(15 min, 10 × expected + 5 min)."""
+    if i.spec.failure_policy.step_timeout is not None:
+        return i.spec.failure_policy.step_timeout
+    if not entry_c.isdigit():
+        return PREPARE_TIMEOUT
+    return max(900.0, 10 * reserved / i.spec.charged_devices + 300.0)
+
+
+def end_reason(i: PlannerInput) -> tuple[str, str] | None:
+    """Why no further step may be opened: (reason of Complete or Failed, message), or None."""
+    ledger, spec = i.ledger, i.spec
+    if spec.stop:
+        return "Stopped", "spec.stop is set"
+    if _failed_configs(i) >= spec.max_failed_configs:
+        return "TooManyFailedConfigs", f"{_failed_configs(i)} configurations failed"
+    if ledger.invalid_in_a_row >= INVALID_IN_A_ROW:
+        return (
+            "TooManyFailedConfigs",
+            f"the trainer refused {ledger.invalid_in_a_row} jobs in a row",
+        )
+    if ledger.bugs_in_a_row >= BUGS_IN_A_ROW:
+        return (
+            "TooManyFailedConfigs",
+            f"the trainer broke on {ledger.bugs_in_a_row} configurations in a row",
+        )
+    if ledger.steps >= (spec.budget.max_steps or math.inf):
+        return "BudgetExhausted", f"{ledger.steps} of {spec.budget.max_steps} steps used"
+    if ledger.charged_seconds >= (spec.budget.max_gpu_seconds or math.inf):
+        total = spec.budget.max_gpu_seconds
+        return "BudgetExhausted", f"{ledger.charged_seconds:.0f} of {total:.0f} device-seconds used"
+    if wallclock_left(i) <= 0:
+        return "BudgetExhausted", f"{spec.budget.max_wallclock:.0f} seconds of wall clock used"
+    return _optimizer_end(i)
+
+
+def _optimizer_end(i: PlannerInput) -> tuple[str, str] | None:
+    """The optimizer's own end, if its answer takes every recorded result into account."""
+    view = i.optimizer
+    if not view.answered or view.told != i.ledger.last_id:
+        return None
+    if view.finished is not None and (view.finished == "goal" or not tuning(i)):
+        return COMPLETE[view.finished], f"the optimizer finished: {view.finished}"
+    if not view.proposals and not tuning(i):
+        return "SpaceExhausted", "the optimizer proposes nothing more"
+    return None
+
+
+def _failed_configs(i: PlannerInput) -> int:
+    return sum(1 for reason in i.ledger.failed.values() if reason != "diverged")
+
+
+def held(i: PlannerInput) -> tuple[str, str] | None:
+    """Why nothing new is opened although the run is not over, or None."""
+    if i.ledger.cancelled_in_a_row >= INFRA_IN_A_ROW:
+        return (
+            "InfraRetriesExhausted",
+            f"{i.ledger.cancelled_in_a_row} steps in a row used up their retries; see the logs",
+        )
+    if i.ledger.dataset_changed:
+        return "DatasetChanged", i.ledger.dataset_changed
+    full = [e.c for e in i.ledger.open.values() if e.retries[-1:] == (State.DISK_FULL.value,)]
+    if full:
+        return "DiskFull", f"no space left on the checkpoint volume; waiting: {', '.join(full)}"
+    if any(is_lost(i, job) for job in i.observed.jobs):
+        return "DataRegressed", "the store has lost decisions whose jobs still exist"
+    if i.optimizer.error:
+        return "OptimizerUnhealthy", i.optimizer.error
+    return None
+
+
+def phase(i: PlannerInput) -> Phase:
+    """Where the run is, for people's eyes."""
+    if i.ledger.closed is not None:
+        done = i.ledger.closed.reason in {*COMPLETE.values(), "Stopped"}
+        return Phase.COMPLETED if done else Phase.FAILED
+    if i.ledger.run is None:
+        return Phase.PENDING
+    if i.spec.suspend:
+        running = any(job.phase is not JobPhase.ENDED for job in i.observed.jobs)
+        return Phase.DRAINING if running else Phase.SUSPENDED
+    if i.ledger.prepared is None:
+        return Phase.PREPARING
+    return Phase.FINISHING if end_reason(i) else Phase.RUNNING
+
+
+def entry_of(i: PlannerInput, job: ObservedJob) -> OpenEntry | None:
+    """The open entry whose present attempt this job is; None: the ledger waits for it no longer."""
+    entry = i.ledger.open.get(job.c)
+    if entry is None or (entry.to, entry.attempt) != (job.to, job.attempt):
+        return None
+    return entry
+
+
+def is_lost(i: PlannerInput, job: ObservedJob) -> bool:
+    """Whether a job carries a decision that the ledger should hold and does not (3.3, 10 and 11).
+
+    The store came back without its newest writes. A decision that was cancelled, or whose epochs
+    are already recorded, is old, not lost.
+    """
+    ledger, entry = i.ledger, i.ledger.open.get(job.c)
+    if job.opening is None or not job.c.isdigit() or ledger.run is None:
+        return False
+    if ledger.closed is not None or job.c in ledger.failed or (job.c, job.to) in ledger.step_keys:
+        return False
+    frm = job.opening.event.frm
+    return (
+        ledger.heads.get(job.c, 0) <= frm
+        and ledger.attempts.get((job.c, job.to), 0) <= job.attempt
+        and (entry is None or entry.to <= frm)
+    )
+
+
+def next_attempt(i: PlannerInput, c: str, to: int) -> int:
+    """The attempt a new decision begins with: names of jobs are never used twice."""
+    used = i.ledger.attempts.get((c, to), 0)
+    before = i.ledger.prepared
+    return used if c != PREPARE or before is None else max(used, before.a + 1)
+
+
+def budget_limits(budget: Budget) -> dict[str, float]:
+    """The limits that are set, by their names in the manifest."""
+    known = {
+        "maxSteps": budget.max_steps,
+        "maxGPUSeconds": budget.max_gpu_seconds,
+        "maxWallclock": budget.max_wallclock,
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def may_reopen(i: PlannerInput) -> str:
+    """Why a closed run goes on, empty if it stays closed.
+
+    A raised budget reopens a run that ended by budget; a person's wish one that failed. What the
+    ledger says of the budget at the close counts: the optimizer may have ended it before its limit.
+    """
+    closed = i.ledger.closed
+    if closed is None or i.spec.stop:
+        return ""
+    if closed.reason == COMPLETE["budget"]:
+        raised = _is_raised(closed.budget, budget_limits(i.spec.budget))
+        return "BudgetRaised" if raised and end_reason(i) is None else ""
+    asked = [note for note in i.ledger.notes if note.what == RETRY_NOTE]
+    failed = closed.reason not in {*COMPLETE.values(), "Stopped"}
+    return "Retried" if failed and any(_is_later(n.id, closed.id) for n in asked) else ""
+
+
+def _is_raised(old: Mapping[str, float], new: Mapping[str, float]) -> bool:
+    """Whether a limit has grown or gone; a close of an older version does not say its limits."""
+    return not old or any(new.get(name, math.inf) > limit for name, limit in old.items())
+
+
+def _is_later(stream_id: str, than: str) -> bool:
+    return position(stream_id) > position(than)
