@@ -138,12 +138,13 @@ def walk(whole: Field, path: str) -> Iterator[tuple[str, Field]]:
 def fill(whole: Field, given: Mapping[str, Any]) -> dict[str, Any]:
     """A section as an API server stores it: nulls dropped, defaults filled in.
 
-    Null means absent everywhere but inside what is kept as it comes (`Kind.ANY`).
+    Null means absent everywhere but inside what is kept as it comes (`Kind.ANY`); it makes no
+    unknown field known.
     """
     values = {
         name: _without_nulls(value, whole.fields.get(name))
         for name, value in given.items()
-        if value is not None
+        if value is not None or name not in whole.fields  # an unknown field is one even as null
     }
     for name, part in whole.fields.items():
         if part.default is not None:
@@ -156,7 +157,9 @@ def fill(whole: Field, given: Mapping[str, Any]) -> dict[str, Any]:
 def _without_nulls(value: object, part: Field | None) -> Any:
     if isinstance(value, Mapping) and not (part and part.kind in {Kind.ANY, Kind.SECTION}):
         return {key: _without_nulls(v, None) for key, v in value.items() if v is not None}
-    return list(value) if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item, None) for item in value]
+    return value
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -517,6 +517,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "finite",
     ),
     "section as text": ({"fidelity": "50"}, "spec.fidelity", "mapping"),
+    "unknown and empty": ({"weights": {"name": None}}, "spec.weights.name", "unknown field"),
     "unknown section": ({"fidelty": {"max": 5}}, "spec.fidelty", "did you mean fidelity?"),
 }
 

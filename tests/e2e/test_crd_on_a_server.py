@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import re
 import runpy
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 import yaml
 
 from qtt_core.schema import walk
-from qtt_core.spec import parse_manifest
+from qtt_core.spec import changed_immutable_fields, parse_manifest, scan_manifest
 from qtt_core.spec_schema import SPEC
 from qtt_operator import crd
 from qtt_operator.status_schema import STATUS
@@ -340,3 +341,113 @@ def test_kubectl_scales_lists_and_waits(runs, tables):
     ]
     assert kubectl("get", "tnr/seen", "-o", "jsonpath={.spec.parallelism}", *here) == "3"
     assert [line.split()[0] for line in by_phase.splitlines()[1:]] == ["seen"]
+
+
+# --- unseen manifests ----------------------------------------------------------------------------
+
+ODD_VALUES: tuple[Any, ...] = (
+    None, "", "0", "1", "-1", ".5", "0.5", "1.", "1e5", "1E-3", "+0.3", "5m", "1.5h", "-5m", "1d",
+    "2540400h", "0.1ns", "1µs", 0, 1, 2, -1, 50, 51, 150, 151, 1000, 2**31, 2**63 - 1, 2**63, True,
+    False, 2.5, [], {}, ["a"], ["a", "a"], [None], {"a": "b"}, {"a": 1}, {"a": None}, {"name": "x"},
+    "a/b", "..", ".", "/x", "a/../b", "a/..", "a\n", "ä" * 64, "x" * 65, "x" * 254, "x" * 513,
+    "\x00", "Auto", "Never", "Config", "External", "log_loss", "Minimize", "1Gi", "1 Gi", "nan",
+)  # fmt: skip
+WHOLE = """
+suspend: false
+suspendPolicy: Drain
+stop: false
+parallelism: 1
+dataset: {claimName: d, path: a/b, autoSplit: "0.2", imageSize: 64, metaFeatures: {n: "1"}}
+search:
+  space: native
+  hubRef: {name: h, key: k}
+  models: [a, b]
+  modelLimits: {maxParams: 5, maxGMACs: "6", licences: [mit]}
+  initialConfigs: [{model: a, lr: "1e-3"}]
+  overrides: {amp: "true"}
+weights: {claimName: w, fetch: Never}
+objective: {metric: top1, direction: Maximize, goal: "0.9", minGainPerGPUHour: "0.1"}
+fidelity: {max: 50, step: 5, stepsPerJob: 2}
+optimizer: {costFactor: "1", initRandom: 3, patience: 3, tolerance: "0.1", seed: 7, timeout: 60s}
+budget: {maxSteps: 100, maxGPUSeconds: 14400, maxWallclock: 4h30m}
+trainer: {custom: true, devices: 1}
+checkpoint:
+  volumeClaimTemplate: {accessModes: [ReadWriteMany], resources: {requests: {storage: 1Gi}}}
+  scope: Config
+  maxVolumes: 4
+failurePolicy: {maxFailedConfigs: 9, onOOM: FailConfig, stepTimeout: 40m}
+gpuShare: "0.5"
+queueName: q
+template: {metadata: {labels: {a: b}}}
+ttlSecondsAfterFinished: 5
+"""
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The keys that lead to every value inside a value."""
+    inner = value.items() if isinstance(value, dict) else ()
+    for key, item in enumerate(value) if isinstance(value, list) else inner:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+def spoil(spec: Object, rng: random.Random) -> Object:
+    """The spec with one to three values replaced, removed or made unknown."""
+    spec = copy.deepcopy(spec)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        *path, last = rng.choice(list(places(spec)))
+        target: Any = spec
+        for key in path:
+            target = target[key]
+        kind = rng.random()
+        if kind < 0.12:
+            del target[last]
+        elif kind < 0.17 and isinstance(target, dict):
+            target["zzz"] = rng.choice((1, None))
+        else:
+            target[last] = copy.deepcopy(rng.choice(ODD_VALUES))
+    return spec
+
+
+def test_on_unseen_manifests_lint_and_server_agree(runs, tables):
+    """1,500 of a fixed seed; 12,000 of another agreed when this was written."""
+    rng = random.Random(20)
+    whole = yaml.safe_load(WHOLE)
+    accepted, wrong = 0, []
+    for _ in range(1500):
+        some = {"dataset", "budget", *rng.sample(sorted(whole), rng.choice((4, len(whole))))}
+        manifest = tables["manifest"]()
+        manifest["spec"] = spoil({n: whole[n] for n in whole if n in some}, rng)
+
+        run, faults = scan_manifest(manifest)
+        found = runs.create(manifest, dry_run="All")
+
+        accepted += isinstance(found, dict)
+        if isinstance(found, dict) == bool(faults):
+            wrong.append((manifest["spec"], found, [str(fault) for fault in faults]))
+        elif isinstance(found, dict) and found["spec"] != run.raw_spec:
+            wrong.append((manifest["spec"], found["spec"], run.raw_spec))
+
+    assert 150 < accepted < 1350
+    assert wrong == []
+
+
+def test_on_unseen_edits_parser_and_server_agree(runs, tables):
+    rng = random.Random(21)
+    old = created(runs, tables, "edits", **yaml.safe_load(WHOLE))
+    accepted, refused, wrong = 0, 0, []
+    for _ in range(1500):
+        manifest = {**tables["manifest"](), "spec": spoil(old["spec"], rng)}
+        run, faults = scan_manifest(manifest)
+        if faults:
+            continue
+        changed = changed_immutable_fields(old["spec"], run.raw_spec)
+        found = runs.replace(edited(old, manifest["spec"]), dry_run="All")
+
+        accepted += not changed
+        refused += bool(changed)
+        if isinstance(found, dict) == bool(changed):
+            wrong.append((changed, found))
+
+    assert min(accepted, refused) > 20
+    assert wrong == []
