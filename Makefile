@@ -61,6 +61,18 @@ crds: venv ## write the CRD and the tables of docs/manifest.md from the table of
 	@$(PY) -m qtt_operator.crd > crds/quicktune.dev_tuningruns.yaml
 	@$(PY) docs/manifest_tables.py
 
+# A cluster with four GPUs that only the scheduler counts, our images, and a log of every request.
+CLUSTER := $(PY) tests/testbed/cluster.py run --resource nvidia.com/gpu=4 --audit
+
+testbed: venv ## the end-to-end tests, in a Kubernetes that they boot; needs Linux, root and Go
+	@$(PY) tests/testbed/machine.py
+	@images=$$($(PY) tests/testbed/images.py) && $(CLUSTER) --image $$images -- \
+		$(PY) -m pytest -q tests/e2e -m "testbed or chaos" -p no:cacheprovider $(PYTEST_FLAGS)
+
+cluster: venv ## a shell in the same cluster, operator installed; it ends with the shell
+	@$(PY) tests/testbed/machine.py
+	@images=$$($(PY) tests/testbed/images.py) && $(CLUSTER) --image $$images -- tests/testbed/shell.sh $(CLUSTER_COMMAND)
+
 slow: venv ## the tests that take minutes of CPU
 	@$(PY) -m pytest -q -m slow $(PYTEST_FLAGS)
 
