@@ -178,6 +178,8 @@ async def gather(context: RunContext) -> p.PlannerInput:
     opened = {event.c for event in tail if isinstance(event, Open) and event.c.isdigit()}
     if not opened <= context.configs.keys():  # a new process, or a write whose answer was lost
         context.configs = await context.ledger.configs()
+    waiting = tuple(x for x in context.view.proposals if str(x.config_id) not in opened)
+    context.view = replace(context.view, proposals=waiting)
     context.events.extend(tail)
     context.state = fold(tail, context.state)
     context.observed = _with_verdicts(context, await context.backend.observe())

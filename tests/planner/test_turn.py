@@ -15,7 +15,7 @@ from qtt_core.hub import load_hub, select
 from qtt_core.ledger.events import Done, Event, Open
 from qtt_core.ledger.fold import fold
 from qtt_core.optimizer import Optimizer, build
-from qtt_core.spec import Budget, Dataset, Fidelity, RunSpec, Search
+from qtt_core.spec import Budget, Dataset, Fidelity, RunSpec, Search, Trainer
 from qtt_core.spec import Optimizer as OptimizerSpec
 from qtt_core.steps import (
     BudgetView,
@@ -221,6 +221,57 @@ async def crashed(spec: RunSpec, nth: int, *, late: bool, lose_jobs: bool) -> li
     second = make_context(ledger.writer(2), backend, clock, spec)
     await drive(second, backend)
     return await ledger.read()
+
+
+async def interrupted(spec: RunSpec, nth: int, *, late: bool) -> list[Event] | None:
+    """A run whose n-th call to the store fails, and which goes on in the same process."""
+    clock = VirtualClock()
+    backend, ledger = SimulatedBackend(clock=clock), MemoryLedger(clock=clock)
+    fuse = Fuse(left=nth, late=late)
+    context = make_context(Crashing(ledger, fuse), backend, clock, spec)
+    try:
+        await drive(context, backend)
+    except CrashError:
+        await drive(context, backend)
+        return await ledger.read()
+    return None
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["not written", "answer lost"])
+def test_a_store_that_fails_at_any_call_changes_no_result(late: bool) -> None:
+    """A write whose answer was lost is found by the next read, its configuration included."""
+    spec = make_spec(budget=Budget(max_steps=3), search=Search(pool_size=6))
+    expected = results(asyncio.run(undisturbed(spec))[0])
+
+    reached = 0
+    for nth in range(1, 400):
+        events = asyncio.run(interrupted(spec, nth, late=late))
+        if events is None:
+            break
+        reached = nth
+        assert results(events) == expected, f"call {nth}"
+        assert fold(events).steps == 3
+    assert reached > 20
+
+
+def test_the_optimizer_is_told_the_seconds_it_proposed_on_any_number_of_devices() -> None:
+    """The ledger reserves device-seconds; the optimizer speaks of seconds of a Job."""
+    spec = make_spec(
+        budget=Budget(max_steps=4), trainer=Trainer(custom=True, devices=4), gpu_share=0.5
+    )
+
+    async def scenario() -> tuple[list[float], list[float]]:
+        clock = VirtualClock()
+        backend, ledger = SimulatedBackend(clock=clock), MemoryLedger(clock=clock)
+        optimizer = InProcessOptimizer()
+        await drive(make_context(ledger, backend, clock, spec, optimizer), backend)
+        told = [e.expected_seconds for e in optimizer.fed if isinstance(e, Proposal)]
+        opened = [e for e in await ledger.read() if isinstance(e, Open) and e.c.isdigit()]
+        return told, [event.res for event in opened]
+
+    told, reserved = asyncio.run(scenario())
+    assert len(told) >= 3
+    assert told == pytest.approx([seconds / 2.0 for seconds in reserved[: len(told)]])
 
 
 @pytest.mark.parametrize("lose_jobs", [False, True], ids=["jobs survive", "jobs die too"])
