@@ -157,14 +157,15 @@ def jobs(tmp_path: Path, glyph_folder: Path) -> JobMaker:
 class StopAfter(Stop):
     """A stop that is asked for when the loop has looked `looks` times: a place, not a moment."""
 
-    def __init__(self, looks: int) -> None:
+    def __init__(self, looks: int, why: State = State.PREEMPTED) -> None:
         self._looks: float = looks
+        self._why = why
         super().__init__()
 
     @property
     def state(self) -> State | None:  # type: ignore[override]
         self._looks -= 1
-        return State.PREEMPTED if self._looks < 0 else None
+        return self._why if self._looks < 0 else None
 
     @state.setter
     def state(self, value: State | None) -> None:
@@ -178,8 +179,14 @@ RunInline = Callable[..., Ending]
 def run_inline() -> RunInline:
     """`run_inline(job, command="step", stop_after=None)` -> Ending: the contract, in process."""
 
-    def run(job: Job, *, command: str = "step", stop_after: int | None = None) -> Ending:
-        stop = Stop() if stop_after is None else StopAfter(stop_after)
+    def run(
+        job: Job,
+        *,
+        command: str = "step",
+        stop_after: int | None = None,
+        why: State = State.PREEMPTED,
+    ) -> Ending:
+        stop = Stop() if stop_after is None else StopAfter(stop_after, why)
         context = Context(stop=stop, born=time.monotonic())
         attempt, texts = locate(command, job), list[str]()
         code = run_job(attempt, job, context, texts.append)

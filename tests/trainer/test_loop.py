@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qtt_core.results import State
-from qtt_trainer import loop
+from qtt_trainer import loop, report
 from qtt_trainer.session import batching
 
 
@@ -36,6 +36,34 @@ def test_no_batch_is_larger_than_the_data_or_has_one_image(
     wanted: int, n: int, native: bool, expected: tuple[int, int]
 ) -> None:
     assert batching(wanted, n, native=native) == expected
+
+
+@pytest.mark.parametrize(("batch", "largest"), [(24, 23), (9, 4), (9, 2), (8, 8), (5, 3), (2, 1)])
+def test_a_micro_batch_has_two_images_at_least(batch: int, largest: int) -> None:
+    parts = torch.zeros(batch).tensor_split(loop.micro_batches(batch, largest))
+
+    sizes = [len(part) for part in parts]
+
+    assert min(sizes) >= 2
+    assert max(sizes) <= max(largest, 3)
+    assert loop.micro_batches(1, 1) == 1
+
+
+def test_batchnorm_never_sees_a_single_image(jobs: Any, run_inline: Any) -> None:
+    """24 images in micro-batches of 23: the last feature map of a 32-pixel image is one pixel."""
+    settings = {"opt": "sgd", "lr": 1e-2, "batch_size": 32}
+
+    ended = run_inline(jobs.step(1, settings=settings, limits={"micro_batch": 23}))
+
+    assert ended.code == 0, ended.message.reason
+    assert ended.message.micro_batch == 23
+
+
+def test_images_per_second_count_the_images_there_are(jobs: Any, run_inline: Any) -> None:
+    ended = run_inline(jobs.step(1, settings={"opt": "sgd", "lr": 1e-2, "batch_size": 16}))
+
+    seconds = ended.result["curve"][0]["train_seconds"]
+    assert ended.result["images_per_second"] == pytest.approx(24 / seconds)
 
 
 @pytest.mark.parametrize("micro", [8, 4, 2])
@@ -195,6 +223,37 @@ def test_a_job_that_diverges_commits_the_curve_before_it(
     assert again.message.epochs == ended.message.epochs
 
 
+def test_a_loss_that_is_nan_for_an_update_is_no_bug_of_ours(
+    jobs: Any, run_inline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Progress is JSON, which has no NaN: telling it must not end the job."""
+    original = loop.soft_cross_entropy
+    calls = iter(range(1000))
+
+    def poisoned(*args: Any) -> torch.Tensor:
+        return original(*args) * (float("nan") if next(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(loop, "soft_cross_entropy", poisoned)
+    monkeypatch.setattr(loop, "READ_EVERY", 4)
+    monkeypatch.setattr(report, "PROGRESS_SECONDS", 0.0)
+    settings = {"opt": "adamw", "lr": 1e-3, "batch_size": 2}
+
+    ended = run_inline(jobs.step(1, settings=settings))
+
+    assert (ended.code, ended.message.state) == (0, State.DIVERGED), ended.message.reason
+
+
+def test_finite_losses_whose_sum_is_not_finite_are_a_divergence(
+    jobs: Any, run_inline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop.soft_cross_entropy
+    monkeypatch.setattr(loop, "soft_cross_entropy", lambda *args: original(*args) + 3e38)
+
+    ended = run_inline(jobs.step(1))
+
+    assert (ended.code, ended.message.state) == (0, State.DIVERGED), ended.message.reason
+
+
 def test_a_rate_that_explodes_diverges_by_itself(jobs: Any, run_inline: Any) -> None:
     settings = {"opt": "sgd", "lr": 1e-2, "batch_size": 2, "sp_reg": 1e-1}
     job = jobs.step(4, settings=settings | {"lr": 1e8}, space_id="custom")
@@ -206,8 +265,16 @@ def test_a_rate_that_explodes_diverges_by_itself(jobs: Any, run_inline: Any) -> 
     assert ended.message.epochs == ()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("pretended"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["torch", "cublas"],
+)
 def test_memory_that_runs_out_halves_the_micro_batch_and_redoes_the_update(
-    jobs: Any, run_inline: Any, monkeypatch: pytest.MonkeyPatch
+    jobs: Any, run_inline: Any, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
     settings = {"opt": "sgd", "lr": 1e-2, "batch_size": 8}
     run_inline(jobs.step(1, model="mini_convnext", settings=settings))
@@ -217,7 +284,7 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_redoes_the_update(
 
     def hungry(logits: torch.Tensor, *args: Any) -> torch.Tensor:
         if len(logits) > 2:
-            raise torch.OutOfMemoryError("pretended")
+            raise error
         return original(logits, *args)
 
     monkeypatch.setattr(loop, "soft_cross_entropy", hungry)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from qtt_core.hub import ModelCard, load_hub
@@ -25,6 +26,7 @@ from qtt_trainer.model import (
     rebuild_model,
 )
 from qtt_trainer.pretrained import find_weights
+from qtt_trainer.transforms import build_transforms
 
 TINY = load_hub("tiny").cards
 
@@ -48,6 +50,27 @@ def test_shipped_weights_arrive_in_the_backbone_and_the_head_is_new(card: ModelC
     assert built.weights_sha256 == volume.file_sha256(path)
     assert built.data_config["input_size"] == (3, 32, 32)
     assert built.data_config["mean"] == NORMALISATIONS[card.normalisation][0]
+
+
+@pytest.mark.parametrize("name", sorted(NORMALISATIONS))
+@pytest.mark.parametrize("train", [True, False])
+def test_the_cards_normalisation_reaches_the_pixels(name: str, train: bool) -> None:
+    """White minus the mean, over the deviation: by hand, not by the code under test."""
+    card = replace(TINY[0], normalisation=name)
+    built = build_model(request(card))
+    transform = build_transforms(built.data_config, {"data_augmentation": "none"}, None, train)
+
+    pixels = transform(Image.new("RGB", (40, 40), "white"))
+
+    means = {"imagenet": (0.485, 0.456, 0.406), "half": (0.5,) * 3, "none": (0.0,) * 3}[name]
+    stds = {"imagenet": (0.229, 0.224, 0.225), "half": (0.5,) * 3, "none": (1.0,) * 3}[name]
+    wanted = [(1 - mean) / std for mean, std in zip(means, stds, strict=True)]
+    for channel, value in zip(pixels, wanted, strict=True):
+        brightest = channel.max().item()  # colour jitter may darken a training image
+        assert brightest <= value + 1e-4 if train else brightest == pytest.approx(value, abs=1e-4)
+    black = build_transforms(built.data_config, {}, None, train)(Image.new("RGB", (40, 40)))
+    for channel, mean, std in zip(black, means, stds, strict=True):
+        assert channel.min().item() == pytest.approx(-mean / std, abs=1e-4)
 
 
 @pytest.mark.parametrize("card", TINY, ids=lambda card: card.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -65,7 +66,10 @@ def test_a_cold_step_leaves_result_message_log_and_progress_that_agree(
     assert "epoch 2 of 2" in err
     assert "epoch 2 of 2" in (attempt / "log.txt").read_text()
     assert json.loads((jobs.run / "c1" / "progress.json").read_text())["epochs"] == 2
-    assert left["timing"]["total"] >= left["timing"]["startup"] > 0
+    timing = left["timing"]
+    assert timing["startup"] > timing["eval"] > 0
+    parts = ("startup", "data", "train", "eval", "checkpoint")
+    assert timing["total"] >= 0.9 * sum(timing[name] for name in parts), "counted twice"
 
 
 BAD_JOBS = {
@@ -170,6 +174,64 @@ def test_the_wall_limit_ends_with_75_and_keeps_the_work(jobs: Any, served: Any) 
     assert ended["exit"] == 75
     assert json.loads(ended["message"])["state"] == "timeout"
     assert len(list((jobs.run / "c1" / "f150.part").iterdir())) == 1
+
+
+def test_work_of_any_age_is_saved_at_the_wall_limit_and_told_as_progress(
+    jobs: Any, run_inline: Any
+) -> None:
+    """A limit below the age at which work is worth saving would otherwise never be passed."""
+    preempted = run_inline(jobs.step(2), stop_after=3)
+    assert (preempted.code, preempted.message.timing.get("progress")) == (75, None)
+    assert not (jobs.run / "c1" / "f2.part").exists()
+
+    first = run_inline(jobs.step(2), stop_after=3, why=State.TIMEOUT)
+    second = run_inline(jobs.step(2, attempt=1), stop_after=3, why=State.TIMEOUT)
+    stuck = run_inline(jobs.step(2, attempt=2), stop_after=0, why=State.TIMEOUT)
+
+    assert [e.message.state for e in (first, second, stuck)] == [State.TIMEOUT] * 3
+    assert first.message.timing["progress"] > 0
+    assert second.message.timing["progress"] > 0
+    assert "progress" not in stuck.message.timing
+    assert run_inline(jobs.step(2, attempt=3)).code == 0
+
+
+def test_prepare_leaves_at_the_first_signal(
+    jobs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has nothing to save, and reading a large data set outlasts every grace period."""
+    from qtt_trainer import prepare
+    from qtt_trainer.context import Context
+    from qtt_trainer.process import run_job
+    from qtt_trainer.stopping import Stop
+
+    class Left(BaseException):
+        pass
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    stop, texts = Stop(), list[str]()
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(prepare, "prepare", lambda job: stop._on_signal(signal.SIGTERM, None))
+    job = jobs.base()
+
+    with pytest.raises(Left, match="75"):
+        run_job(locate("prepare", job), job, Context(stop=stop, born=0.0), texts.append)
+
+    assert json.loads(texts[0])["state"] == "preempted"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_json_does_not_have_is_a_bad_job(
+    jobs: Any, run_inline: Any, value: float
+) -> None:
+    job = jobs.step(1)
+    job["config"]["lr"] = value
+
+    ended = run_inline(job)
+
+    assert (ended.code, ended.message.state) == (64, State.INVALID_CONFIG)
+    assert "lr" in ended.message.reason
 
 
 def test_a_damaged_checkpoint_falls_back_and_without_any_left_says_so(
@@ -304,6 +366,28 @@ def test_evaluate_scores_checkpoints_on_a_split_the_search_never_saw(
     assert on_val.message.scores[0]["log_loss"] == pytest.approx(searched["log_loss"], abs=1e-5)
 
 
+def test_evaluate_tells_its_scores_where_the_volume_is_read_only(
+    jobs: Any, run_inline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qtt_trainer import volume
+
+    assert run_inline(jobs.step(1)).code == 0
+    real = volume.replace_json
+
+    def read_only(path: Path, value: Any, *, durable: bool = False) -> None:
+        if path.name == "evaluation.json":
+            raise OSError(errno.EROFS, "read-only file system")
+        real(path, value, durable=durable)
+
+    monkeypatch.setattr(volume, "replace_json", read_only)
+    job = jobs.base(checkpoints=["c1/f1"], task={"split": "val"})
+
+    ended = run_inline(job, command="evaluate")
+
+    assert ended.code == 0, ended.message.reason
+    assert ended.message.scores[0]["n"] == 12
+
+
 @pytest.mark.parametrize(
     ("checkpoints", "split", "code", "word"),
     [
@@ -374,8 +458,9 @@ def test_an_attempt_is_located_in_any_document_without_raising(raw: object) -> N
     assert attempt.folder is None
 
 
-def test_an_attempts_folder_never_leaves_the_run() -> None:
-    attempt = locate("step", {"paths": {"root": "/s"}, "run_uid": "../../etc", "config_id": 1})
+@pytest.mark.parametrize(("root", "uid"), [("/s", "../../etc"), ("/s\0", "run")])
+def test_an_attempts_folder_never_leaves_the_run(root: str, uid: str) -> None:
+    attempt = locate("step", {"paths": {"root": root}, "run_uid": uid, "config_id": 1})
 
     assert attempt.folder is None
 

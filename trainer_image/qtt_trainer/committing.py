@@ -59,7 +59,8 @@ def save_part(work: Work, session: Session) -> None:
     mark = time.monotonic()
     files = {layout.STATE: checkpoint.save_state(session.to_state())}
     checkpoint.save_part(work.folder, _label(work, session), files)
-    work.saved_at = time.monotonic()
+    work.saved_at, work.saved = time.monotonic(), session.update
+    work.context.progress = work.saved - work.began
     work.timing.add("checkpoint", work.saved_at - mark)
 
 
@@ -155,12 +156,14 @@ def describe(work: Work, session: Session) -> dict[str, Any]:
         "micro_batch": session.micro_batch,
         "effective_batch": session.batch_size,
         "effective_bn_batch": bn_batch,
-        "images_per_second": len(fresh) * _images_per_epoch(session) / trained if trained else 0.0,
+        "images_per_second": len(fresh) * _images_per_epoch(work, session) / trained
+        if trained
+        else 0.0,
     }
 
 
-def _images_per_epoch(session: Session) -> int:
-    return session.horizon.updates_per_epoch * session.batch_size
+def _images_per_epoch(work: Work, session: Session) -> int:
+    return min(work.manifest.n_train, session.horizon.updates_per_epoch * session.batch_size)
 
 
 def _timing(work: Work) -> dict[str, float]:

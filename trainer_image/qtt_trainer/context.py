@@ -21,15 +21,16 @@ class Context:
     """The surroundings of one job.
 
     `born`: monotonic time at which this process (or this fork) began; `channel`: a warm parent's
-    pipe for progress; `on_ready`: called when the first batch is due.
+    pipe for progress.
     """
 
     stop: Stop
     born: float
     channel: Callable[[Mapping[str, Any]], None] | None = None
-    on_ready: Callable[[], None] = field(default=_nothing)
     housekeep: Callable[[], None] = field(default=_nothing)
     """Called now and then while the job runs; caps the log."""
+    progress: int = 0
+    """Updates that this attempt has saved: what a retry does not have to train again."""
 
     def age(self) -> float:
         """Seconds since the process began."""

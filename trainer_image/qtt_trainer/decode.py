@@ -18,7 +18,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import (
+    Image,
+    TiffImagePlugin,  # noqa: F401  # registers its format
+    UnidentifiedImageError,
+    WebPImagePlugin,  # noqa: F401  # registers its format
+)
 
 from qtt_trainer.data_errors import DecodeError
 from qtt_trainer.scan import raise_storage
@@ -30,7 +35,9 @@ MODES = {1: "L", 3: "RGB"}
 Image.MAX_IMAGE_PIXELS = None
 """Our own limit is checked before any pixel is decoded; Pillow's would warn below it."""
 
-Image.init()  # registers every format now: doing it lazily from several threads is a race
+# Registered now, because threads would race where Pillow does it lazily; not by `init`, which
+# imports forty plugins for formats that are not read.
+Image.preinit()
 
 _ORIENTATION = 0x0112
 _TRANSPOSE = {

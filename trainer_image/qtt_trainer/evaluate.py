@@ -6,6 +6,7 @@ and needs no pretrained weights.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from qtt_trainer.transforms import build_transforms
 log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation.json"
+READ_ONLY_ERRNOS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 def run(job: JobDocument, context: Context) -> Report:
@@ -129,10 +131,14 @@ def _store(job: JobDocument, run_dir: Path, scores: Sequence[Mapping[str, Any]])
     folder = layout.attempt_folder(
         run_dir, "evaluate", config_id=-1, fidelity_to=0, attempt=job.attempt
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    volume.replace_json(
-        folder / EVALUATION, {"split": job.task.split, "scores": list(scores)}, durable=True
-    )
+    content = {"split": job.task.split, "scores": list(scores)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        volume.replace_json(folder / EVALUATION, content, durable=True)
+    except OSError as error:  # mounted read-only: the message carries the scores
+        if error.errno not in READ_ONLY_ERRNOS:
+            raise
+        log.warning("%s was not written: %s", EVALUATION, error)
 
 
 def _message(job: JobDocument, scores: Sequence[Mapping[str, Any]]) -> StepResult:

@@ -70,8 +70,11 @@ class Pulse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """Callbacks of an epoch: `should_stop` before each update, the others after it."""
+    """Callbacks of an epoch: `ready` when the first batch is there, `should_stop` before each
+    update, the others after it.
+    """
 
+    ready: Callable[[], None]
     should_stop: Callable[[], bool]
     beat: Callable[[Pulse], None]
     save_is_due: Callable[[], bool]
@@ -91,6 +94,7 @@ def train_epoch(
     batches.epoch, batches.start = session.epoch, session.batch
     mark = time.monotonic()
     for images, labels in loader:
+        watch.ready()
         if watch.should_stop():
             trainer.sync()
             raise StoppedError
@@ -186,10 +190,9 @@ class _Epoch:
         session, total = self.session, torch.zeros((), device=mixed.device)
         self.parts = {}
         try:
+            count = micro_batches(len(mixed), session.micro_batch)
             for images, targets in zip(
-                torch.split(mixed, session.micro_batch),
-                torch.split(dense, session.micro_batch),
-                strict=True,
+                mixed.tensor_split(count), dense.tensor_split(count), strict=True
             ):
                 if self.may_abandon():
                     raise StoppedError
@@ -197,7 +200,9 @@ class _Epoch:
                 loss = self._loss(images, targets, share)
                 session.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return None
         return total
 
@@ -299,6 +304,7 @@ class _Epoch:
         self.seen_here += images
         self.seconds_here += seconds
         self.pulse.update = self.session.batch
+        self.pulse.lr = self.session.schedule.span()  # type: ignore[union-attr]
         self.pulse.images_per_second = self.seen_here / max(1e-9, self.seconds_here)
         self.pulse.data_wait_ratio = self.waited / max(1e-9, self.seconds_here)
         if self.session.batch % READ_EVERY == 0:
@@ -310,8 +316,9 @@ class _Epoch:
         partial = self.session.partial
         partial["loss_sum"] = float(self.loss_sum)
         self.pulse.train_loss = _finite(partial["loss_sum"] / max(1.0, partial["images"]))
-        self.pulse.parts = {name: float(value) for name, value in self.parts.items()}
-        self.pulse.lr = self.session.schedule.span()  # type: ignore[union-attr]
+        # JSON knows no NaN: a term that is not finite is left out.
+        parts = {name: float(value) for name, value in self.parts.items()}
+        self.pulse.parts = {name: value for name, value in parts.items() if np.isfinite(value)}
 
     def _scale_is_exhausted(self) -> bool:
         """fp16 skips updates on purpose while it looks for a scale; below 1 it has none left."""
@@ -331,7 +338,27 @@ class _Epoch:
         for parameter in self.owned:
             if not bool(torch.isfinite(parameter).all()):
                 raise DivergedError("parameters are no longer finite")
-        return float(self.loss_sum) / max(1.0, self.session.partial["images"])
+        loss = float(self.loss_sum) / max(1.0, self.session.partial["images"])
+        if not np.isfinite(loss):
+            raise DivergedError("the sum of the training losses is not finite")
+        return loss
+
+
+def micro_batches(batch: int, largest: int) -> int:
+    """Into how many parts of nearly equal size a batch is cut; none has a single image.
+
+    Equal parts, not full ones and a rest: BatchNorm cannot normalise one image. Pairs of an odd
+    batch become one part of three.
+    """
+    return max(1, min(-(-batch // largest), batch // 2))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the accelerator's memory ran out: torch's own error, or a library's workspace."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        "ALLOC_FAILED" in text or "ALLOCATION_FAILED" in text
+    )
 
 
 def _never() -> bool:

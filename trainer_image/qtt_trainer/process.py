@@ -60,14 +60,15 @@ def locate(command: str, raw: object) -> Attempt:
         run_uid=uid if isinstance(uid, str) else "",
         step=str(fields.get("step") or command)[:64],
         config_id=_integer(fields, "config_id", -1),
-        config=dict(config) if isinstance(config, Mapping) else {},
+        config=dict(config) if isinstance(config, Mapping) and _is_json(config) else {},
         attempt=_integer(fields, "attempt", 0),
         nonce=str(fields.get("nonce") or "")[:64],
         metric=metric if isinstance(metric, str) and metric in METRICS else "top1",
     )
     folder = None
-    known = isinstance(root, str) and root and isinstance(uid, str) and _RUN_UID.fullmatch(uid)
-    if known and (command != "step" or header.config_id >= 0):
+    usable = isinstance(root, str) and root and "\0" not in root
+    named = isinstance(uid, str) and _RUN_UID.fullmatch(uid)
+    if usable and named and (command != "step" or header.config_id >= 0):
         folder = layout.attempt_folder(
             layout.run_folder(str(root), str(uid)),
             command,
@@ -83,6 +84,15 @@ def locate(command: str, raw: object) -> Attempt:
     )
 
 
+def _is_json(value: object) -> bool:
+    """Whether a value can be written again: Python reads NaN and 1e999, JSON has neither."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
 def _integer(fields: Mapping[str, Any], name: str, default: int) -> int:
     value = fields.get(name)
     return value if isinstance(value, int) and not isinstance(value, bool) else default
@@ -96,14 +106,16 @@ def run_job(attempt: Attempt, raw: object, context: Context, deliver: Callable[[
     """
 
     def leave(state: State, reason: str) -> None:
-        deliver(report.encode_message(_failure(attempt, EndedError(state, reason)).message))
+        deliver(
+            report.encode_message(_failure(attempt, EndedError(state, reason), context).message)
+        )
 
     context.stop.on_leave = leave
     try:
         ended = _run(attempt.command, raw, context)
     except Exception as error:  # noqa: BLE001  # the one place that turns errors into exit codes
         context.stop.disarm()
-        ended = _failed(attempt, error)
+        ended = _failed(attempt, error, context)
     _leave_result(attempt, ended)
     try:
         deliver(report.encode_message(ended.message))
@@ -121,6 +133,7 @@ def _run(command: str, raw: object, context: Context) -> Report:
     if command == "step":
         return _step(job, context)
     if command == "prepare":
+        context.stop.nothing_to_save = True
         from qtt_trainer import prepare
 
         return _from_message(job, prepare.run(job))
@@ -146,18 +159,20 @@ def _from_message(job: JobDocument, message: StepResult) -> Report:
     return Report(message=message, result=result, exit_code=EXIT_CODES[message.state])
 
 
-def _failed(attempt: Attempt, error: Exception) -> Report:
+def _failed(attempt: Attempt, error: Exception, context: Context) -> Report:
     """The report of an error, and its line in the log; a traceback only for a bug of ours."""
     ended = classify(error)
     if ended.state is State.INTERNAL:
         log.error("internal error", exc_info=error)
     else:
         log.error("%s", ended)
-    return _failure(attempt, ended)
+    return _failure(attempt, ended, context)
 
 
-def _failure(attempt: Attempt, ended: EndedError) -> Report:
+def _failure(attempt: Attempt, ended: EndedError, context: Context) -> Report:
     facts = dict(ended.facts)
+    # Whether a timed-out attempt got further decides if another one is worth while.
+    facts["timing"] = {**facts.get("timing", {}), "progress": context.progress}
     result = report.step_result(
         attempt.header,
         state=ended.state,

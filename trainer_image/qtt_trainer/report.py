@@ -118,7 +118,9 @@ def step_message(result: Mapping[str, Any], *, fidelity_from: int) -> StepResult
         ),
         checkpoint_sha256=checkpoint.get("sha256", ""),
         checkpoint_bytes=checkpoint.get("bytes", 0),
-        timing=times | {"save": timing.get("checkpoint", 0.0)},
+        timing=times
+        | {"save": timing.get("checkpoint", 0.0)}
+        | {name: timing[name] for name in ("progress",) if timing.get(name)},
         gpu=gpu.get("product", ""),
         memory_mb=int(gpu.get("peak_mem_bytes", 0) / 1e6),
         micro_batch=result.get("micro_batch", 0),

@@ -184,11 +184,12 @@ def _accept(server: _Server, line: bytes) -> None:
 
 def _start(server: _Server, request: Mapping[str, Any]) -> None:
     attempt = locate(str(request["command"]), request.get("job"))
+    parent = os.getpid()
     reading, writing = os.pipe()
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
-        _child_main(attempt, request, writing)
+        _child_main(attempt, request, writing, parent)
     os.close(writing)
     os.set_blocking(reading, False)
     child = _Child(id=request["id"], pid=pid, pipe=reading, started=time.monotonic())
@@ -198,12 +199,14 @@ def _start(server: _Server, request: Mapping[str, Any]) -> None:
     _emit({"id": child.id, "event": "started", "pid": pid, "log": str(path) if path else None})
 
 
-def _child_main(attempt: Attempt, request: Mapping[str, Any], pipe: int) -> None:
+def _child_main(attempt: Attempt, request: Mapping[str, Any], pipe: int, parent: int) -> None:
     """The forked process; never returns."""
     code = EXIT_BUG
     try:
         born = time.monotonic()
         _leave_parent(attempt, pipe)
+        if os.getppid() != parent:  # it died before the end with it was arranged
+            return
         stop = Stop()
         stop.install()
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from qtt_core.jobs import JobDocument
@@ -71,16 +72,13 @@ def run(job: JobDocument, config: Config, context: Context) -> Report:
     if done is not None:
         return cached(work, done)
     work.warnings.extend(collect_garbage(work, own=False))
-    work.timing.add("startup", context.age())
-    mark = time.monotonic()
     session = build_session(work)
     resume(work, session)
     session.start_schedule()
     _require_space(work, session)
-    work.timing.add("startup", time.monotonic() - mark)
     try:
         state, reason = train(work, session)
-    except loop.DoesNotFitError as error:
+    except (loop.DoesNotFitError, torch.OutOfMemoryError) as error:
         return unfit(work, session, str(error))
     return finish(work, session, state, reason)
 
@@ -110,7 +108,8 @@ def resume(work: Work, session: Session) -> None:
             reason = "; ".join(faults) or f"{work.folder.path}: no checkpoint to continue from"
             raise EndedError(State.CHECKPOINT_CORRUPT, reason)
     work.warnings.extend(faults)
-    work.saved_at = time.monotonic()
+    work.saved_at, work.began = time.monotonic(), session.update
+    work.saved = work.began
 
 
 def train(work: Work, session: Session) -> tuple[State, str]:
@@ -120,7 +119,6 @@ def train(work: Work, session: Session) -> tuple[State, str]:
     """
     loaders = _loaders(work, session)
     watch = _watch(work, session)
-    work.context.on_ready()
     try:
         while session.epoch < work.job.fidelity_to:
             _one_epoch(work, session, loaders, watch)
@@ -129,12 +127,19 @@ def train(work: Work, session: Session) -> tuple[State, str]:
     except loop.StoppedError:
         ended = work.context.stop.ended()
         ended.facts = describe(work, session) | {"curve": list(session.history)}
-        if time.monotonic() - work.saved_at >= _seconds(
-            "QTT_MIN_UNSAVED_SECONDS", MIN_UNSAVED_SECONDS
-        ):
+        if _is_worth_saving(work, session, ended.state):
             save_part(work, session)
         raise ended from None
     return State.OK, ""
+
+
+def _is_worth_saving(work: Work, session: Session, state: State) -> bool:
+    """Old work is; all new work is at the wall limit, or a short one would never be passed."""
+    unsaved = time.monotonic() - work.saved_at
+    return session.update > work.saved and (
+        state is State.TIMEOUT
+        or unsaved >= _seconds("QTT_MIN_UNSAVED_SECONDS", MIN_UNSAVED_SECONDS)
+    )
 
 
 def _committed_epochs(found: Found) -> int:
@@ -179,11 +184,18 @@ def _loaders(work: Work, session: Session) -> tuple[DataLoader[Any], DataLoader[
 def _watch(work: Work, session: Session) -> Watch:
     every = _seconds("QTT_PART_SECONDS", PART_SECONDS)
     return Watch(
+        ready=lambda: _started(work),
         should_stop=lambda: work.context.stop.state is not None,
         beat=lambda pulse: work.progress.beat(_progress(work, session, pulse)),
         save_is_due=lambda: time.monotonic() - work.saved_at >= every,
         save=lambda: save_part(work, session),
     )
+
+
+def _started(work: Work) -> None:
+    """Start-up ends with the first batch of the first epoch."""
+    if not work.timing.parts["startup"]:
+        work.timing.add("startup", work.context.age() - work.timing.parts["data"])
 
 
 def _seconds(variable: str, default: float) -> float:
@@ -206,6 +218,7 @@ def _one_epoch(
         )
     finally:
         work.timing.add("train", session.partial.get("seconds", 0.0) - before)
+    _started(work)  # an epoch that only lacked its evaluation had no batch
     mark = time.monotonic()
     evaluator = loop.evaluate(
         session.scored_model(),

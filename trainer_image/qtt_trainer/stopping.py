@@ -29,6 +29,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.state: State | None = None
+        self.nothing_to_save = False
+        """Leave at the first signal: an orderly end would save nothing."""
         self.on_leave: Callable[[State, str], None] = lambda state, reason: None
         """Called before leaving at once; must only write small files."""
 
@@ -59,11 +61,13 @@ class Stop:
         return EndedError(state, _REASONS[state])
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.state is not None:
-            self._leave(State.PREEMPTED, f"second signal ({signal.Signals(number).name})")
+        if self.state is not None or self.nothing_to_save:
+            self._leave(State.PREEMPTED, f"left at once ({signal.Signals(number).name})")
         self.state = State.PREEMPTED
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
+        if self.nothing_to_save:
+            self._leave(State.TIMEOUT, _REASONS[State.TIMEOUT])
         if self.state is not None:
             self._leave(State.TIMEOUT, f"no orderly end within {GRACE_SECONDS:.0f} s of the limit")
         self.state = State.TIMEOUT

@@ -77,6 +77,10 @@ class Work:
     """Whole epochs of the checkpoint this attempt began from."""
     told: int = 0
     """Epochs of the newest *committed* checkpoint: rows behind it are newly committed."""
+    began: int = 0
+    """Updates of the state this attempt began from."""
+    saved: int = 0
+    """Updates of the newest saved state."""
     saved_at: float = 0.0
     """Monotonic time of the last save, or of the resume."""
     per_class: dict[str, Any] | None = None
