@@ -250,7 +250,8 @@ class _Runner:
 
     async def _stop_if_asked(self, context: RunContext) -> None:
         """Draining is the planner's suspension; the second signal ends the running jobs."""
-        full = disk_full(context.events[self._told :], self._setup.places.root)
+        fresh = [e for e in context.events[self._told :] if e.ep == self._ledger.epoch]
+        full = disk_full(fresh)  # an earlier runner's is no reason: space may have been made
         if full is not None:
             self._stopper.drain(full)
         self._told = len(context.events)
@@ -258,7 +259,7 @@ class _Runner:
             return
         spec = context.run.spec
         if not spec.suspend:
-            self._view.note("draining: running steps end, nothing new starts; Ctrl-C again stops")
+            self._view.note("draining: running steps end, nothing new starts; Ctrl-C ends them now")
             context.run = replace(context.run, spec=replace(spec, suspend=True))
             context.wake.set()
         if self._stopper.urgency is Urgency.STOP:
@@ -283,12 +284,17 @@ class _Runner:
     # --- telling -----------------------------------------------------------------------------
 
     def _narrate(self, context: RunContext) -> None:
-        """One line for every event that is new."""
+        """One line for every event that is new, and one for all that an earlier runner wrote."""
+        first, lines = self._narrator.count == 0, []
         for event in context.events[self._narrator.count :]:
             text = self._narrator.line(event, context.configs)
-            if text:
-                log.info("%s", text)
-                self._view.line(text)
+            if text and event.ep == self._ledger.epoch:
+                lines.append(text)
+        if first and self._narrator.steps:
+            lines.insert(0, self._narrator.so_far())
+        for text in lines:
+            log.info("%s", text)
+            self._view.line(text)
 
     async def _refresh(self, context: RunContext) -> None:
         while True:

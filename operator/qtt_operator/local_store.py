@@ -14,7 +14,7 @@ from pathlib import Path
 
 from redis.asyncio import Redis
 
-from qtt_core.errors import StoreUnavailableError
+from qtt_core.errors import StoreUnavailableError, VolumeError
 from qtt_operator.redis_client import check_store, connect
 from qtt_operator.store import EmbeddedStore
 
@@ -43,13 +43,17 @@ class LocalStore:
     async def recover(self, error: StoreUnavailableError) -> None:
         """After a failed turn: restart our server, or wait for somebody else's.
 
-        Raises: the error once restarts or patience are used up; what the restart raises.
+        Raises: VolumeError if our server ended because it cannot write; the error once restarts or
+        patience are used up; what the restart raises.
         """
         now = time.monotonic()
         if self._lost_at is None:
             self._lost_at = now
             log.warning("%s", error)
         if self._embedded is not None and not self._embedded.is_alive():
+            failure = self._embedded.failure()
+            if isinstance(failure, VolumeError):  # the next one would end in the same way
+                raise failure from error
             self._restarts += 1
             if self._restarts > RESTARTS:
                 raise error

@@ -67,12 +67,21 @@ class Narrator:
             case Cancel():
                 self.spent += event.dev
                 fate = "given up" if event.retire else "put back"
-                return f"{_who(event.c)} {fate}: {event.reason} {_first_line(event.msg)}".rstrip()
+                return f"{_who(event.c)} {fate}: {_why(event)}"
             case Reopen():
                 return f"going on: {event.reason}"
             case Close():
                 return f"ended: {event.reason} {event.msg}".rstrip()
         return ""
+
+    def so_far(self) -> str:
+        """One line for everything told: what a run that goes on already has."""
+        best = "no score yet"
+        if self.best is not None:
+            score, c, epoch = self.best
+            value = shown(self.metric.to_value(score), self.metric)
+            best = f"best {self.metric.name} {value} by c{c} at epoch {epoch}"
+        return f"going on where the run stopped: {best}{self._used()}"
 
     def _prepared(self, event: Prepared) -> str:
         self.spent += event.dev
@@ -127,8 +136,7 @@ class Narrator:
 
     def _retry(self, event: Retry) -> str:
         self.spent += event.dev
-        why = _first_line(event.msg)
-        return f"{_who(event.c)} again, attempt {event.a + 1}: {event.reason} {why}".rstrip()
+        return f"{_who(event.c)} again, attempt {event.a + 1}: {_why(event)}"
 
     def _used(self) -> str:
         """How much of the budget is used: `  [step 12 of 60, 31 of 180 s]`."""
@@ -146,6 +154,12 @@ class Narrator:
 
 def _who(c: str) -> str:
     return c if is_pseudo(c) else f"c{c}"
+
+
+def _why(event: Retry | Cancel) -> str:
+    """Reason and message; the message alone says nothing new where it repeats the reason."""
+    message = _first_line(event.msg)
+    return event.reason if message in {"", event.reason} else f"{event.reason} {message}"
 
 
 def _first_line(text: str) -> str:

@@ -107,7 +107,11 @@ def explain_end(folder: Path, log: str) -> StoreError | VolumeError:
     """Why a server ended, from what it wrote into its log."""
     text = _last_words(log)
     if _DISK.search(text):
-        return VolumeError(f"{folder}: Redis cannot write its file: {text}")
+        words = " ".join(part for part in _sentences(log) if _DISK.search(part)) or text
+        return VolumeError(
+            f"{folder}: Redis cannot write its file: {words}; free some space and run the same "
+            "command, nothing recorded is lost"
+        )
     if "Bad file format" in text:
         return StoreError(
             f"{folder}/appendonly.aof is damaged: keep a copy, then try "
@@ -117,7 +121,11 @@ def explain_end(folder: Path, log: str) -> StoreError | VolumeError:
 
 
 def _last_words(log: str) -> str:
-    """The newest warnings of a log without their time stamps; any last lines where it has none."""
+    return " ".join(_sentences(log)[-4:])[-400:]
+
+
+def _sentences(log: str) -> list[str]:
+    """The warnings of a log without their time stamps; before them lines that have none."""
     warnings, others = [], []
     for line in filter(None, map(str.strip, log.splitlines())):
         found = _LOG_LINE.match(line)
@@ -125,7 +133,7 @@ def _last_words(log: str) -> str:
             others.append(line)
         elif found["level"] == "#" and not found["words"].startswith("WARNING"):
             warnings.append(found["words"])  # those come at every start, about the kernel's tuning
-    return " ".join((others + warnings)[-4:])[-400:]
+    return others + warnings
 
 
 def answers(socket: str, folder: Path) -> bool:

@@ -111,10 +111,10 @@ def suspended_ending() -> Ending:
     return Ending(reason="Suspended", message=text, code=INTERRUPTED)
 
 
-def disk_full(events: Iterable[Event], root: str) -> Ending | None:
+def disk_full(events: Iterable[Event]) -> Ending | None:
     """A disk-full end among these events: retrying fills the log, freeing space helps."""
     for event in events:
         if isinstance(event, Retry | Cancel) and event.reason == State.DISK_FULL.value:
-            message = f"no space left in {root}: {event.msg}; free some, the same command resumes"
+            message = f"{event.msg or 'no space left'}; free some, the same command resumes"
             return Ending(reason="DiskFull", message=message, code=IO_ERROR)
     return None

@@ -22,6 +22,7 @@ from qtt_core.errors import RunLockedError, StoreError, StoreUnavailableError, V
 from qtt_core.ledger.fold import fold
 from qtt_core.ledger.reply import Reply
 from qtt_core.testing.ledger_contract import CONFIG, opening, result, started, step
+from qtt_operator.local_store import LocalStore
 from qtt_operator.redis_ledger import RedisLedger
 from qtt_operator.redis_server import check_format, explain_end, server_binary
 from qtt_operator.store import EmbeddedStore, RunLock, open_reader
@@ -440,6 +441,25 @@ def test_a_file_of_redis_7_is_not_opened_empty_by_redis_6(tmp_path: Path) -> Non
     check_format(tmp_path / "redis", new)
 
 
+async def recover_after(store: EmbeddedStore, error: StoreUnavailableError) -> None:
+    """What a local run does with a failed turn."""
+    client = store.client()
+    try:
+        await LocalStore(client, store).recover(error)
+    finally:
+        await client.aclose()
+
+
+def test_a_server_that_died_for_no_reason_is_brought_back(tmp_path: Path) -> None:
+    with EmbeddedStore(tmp_path) as store:
+        os.kill(store.pid or 0, signal.SIGKILL)
+        wait_for(lambda: not store.is_alive())
+
+        asyncio.run(recover_after(store, StoreUnavailableError("gone")))
+
+        assert store.is_alive()
+
+
 def test_a_disk_that_fills_up_loses_nothing_acknowledged_and_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,6 +481,8 @@ def test_a_disk_that_fills_up_loses_nothing_acknowledged_and_is_named(
                 talk(store.client(), write_until_it_ends)
             wait_for(lambda: not store.is_alive())
             why = store.failure()
+            with pytest.raises(VolumeError, match="nothing recorded is lost"):
+                asyncio.run(recover_after(store, StoreUnavailableError("gone")))
 
     assert isinstance(why, VolumeError)
     assert str(tmp_path) in str(why)

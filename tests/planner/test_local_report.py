@@ -172,10 +172,22 @@ def test_every_decision_and_result_is_one_line_with_the_budget_used(recorded):
     ]  # fmt: skip
 
 
+def test_a_run_that_goes_on_says_in_one_line_what_it_has(recorded):
+    narrator = Narrator(metric=TOP1, budget=Budget(max_steps=9))
+    for event in recorded.events():
+        narrator.line(event, recorded.configs)
+
+    assert narrator.so_far() == (
+        "going on where the run stopped: best top1 0.9500 by c7 at epoch 2"
+        "  [step 5 of 9, 12 device-s]"
+    )
+
+
 @pytest.mark.parametrize(
     ("event", "line"),
     [
         (Retry(c="3", to=1, a=1, reason="ServeDied", dev=1.0, msg="SIGKILL"), "c3 again, attempt 2: ServeDied SIGKILL"),
+        (Retry(c="3", to=1, a=1, reason="Stopped", dev=1.0, msg="Stopped"), "c3 again, attempt 2: Stopped"),
         (Cancel(c="3", to=1, a=0, reason="bug", retire=True, msg="Traceback\nValueError: x"), "c3 given up: bug ValueError: x"),
         (Cancel(c="prepare", to=1, a=0, reason="bad_data", msg="no val"), "prepare put back: bad_data no val"),
         (Done(c="3", to=1, a=0, state="diverged", epochs=(), dev=1.0), "c3 diverged after 0 good epochs  [step 1 of 9, 1 device-s]"),

@@ -63,9 +63,12 @@ class Runner:
             process.stdout.close()
             process.stderr.close()
 
-    def start(self, *options, seconds_per_epoch=0.02):
+    def start(self, *options, seconds_per_epoch=0.02, trouble=""):
         command = [sys.executable, str(HERE / "toy_run.py"), str(self.manifest), str(self.state)]
-        env = {**os.environ, "TOY_SECONDS": str(seconds_per_epoch), "OMP_NUM_THREADS": "1"}
+        env = {
+            **os.environ, "TOY_SECONDS": str(seconds_per_epoch), "TOY_TROUBLE": trouble,
+            "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
         process = subprocess.Popen(
             [*command, *options],
             env=env,
@@ -253,6 +256,28 @@ def test_a_raised_budget_goes_on_where_the_run_ended(copy_of_the_ended):
 
     assert code == 0, err
     assert "7 of 7 steps used" in out
+    assert len(runner.trained()) == 7
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code", "says"),
+    [
+        ("disk_full", 74, "DiskFull: the trainer's own words; free some, the same command resumes"),
+        ("dataset_changed", 65, "DatasetChanged: the trainer's own words"),
+    ],
+)
+def test_trouble_that_retrying_cannot_end_ends_the_run_until_a_person_has_looked(
+    copy_of_the_ended, trouble, code, says
+):
+    runner = copy_of_the_ended(budget={"maxSteps": 7})
+
+    ended, out, err = runner.run(trouble=trouble)
+
+    assert (ended, says in out) == (code, True), out + err
+    assert sum(event["k"] == "open" for event in runner.ledger()) < 10, "tried for ever"
+    ended, _, err = runner.run()
+    assert ended == 0, err
+    assert "going on where the run stopped" in err
     assert len(runner.trained()) == 7
 
 

@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 
 from qtt_core.jobs import parse_job
-from qtt_core.results import Epoch, State, StepResult
+from qtt_core.results import EXIT_CODES, Epoch, State, StepResult
 from qtt_core.testing.simulation import toy_score
 
 SECONDS_PER_EPOCH = float(os.environ.get("TOY_SECONDS", "0.02"))
+TROUBLE = os.environ.get("TOY_TROUBLE", "")
+"""The state in which every step ends at once; empty: they train."""
 
 
 def say(**event):
@@ -24,7 +26,7 @@ def say(**event):
 
 
 def message(job, **facts):
-    return StepResult(attempt=job.attempt, nonce=job.nonce, state=State.OK, **facts)
+    return StepResult(attempt=job.attempt, nonce=job.nonce, **{"state": State.OK, **facts})
 
 
 def attempt_folder(run, command, job):
@@ -40,6 +42,8 @@ def prepare(job, run):
 
 
 def step(job, run):
+    if TROUBLE:
+        return message(job, state=State(TROUBLE), reason="the trainer's own words")
     folder = run / f"c{job.config_id}" / f"f{job.fidelity_to}"
     if not (folder / "manifest.json").exists():
         if (
@@ -87,11 +91,12 @@ def work(request):
     folder = attempt_folder(run, command, job)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "log.txt").write_text(f"toy {command}\n")
-    text = {"prepare": prepare, "step": step, "evaluate": evaluate}[command](job, run).encode()
+    result = {"prepare": prepare, "step": step, "evaluate": evaluate}[command](job, run)
+    text = result.encode()
     draft = folder / ".result.json"
     draft.write_text(json.dumps({"message": json.loads(text), **json.loads(text)}))
     draft.rename(folder / "result.json")
-    return text
+    return text, EXIT_CODES[result.state]
 
 
 def main():
@@ -106,8 +111,9 @@ def main():
         if pid == 0:
             os.setpgid(0, 0)
             libc.prctl(1, signal.SIGKILL)
-            os.write(writing, work(request).encode())
-            os._exit(0)
+            text, code = work(request)
+            os.write(writing, text.encode())
+            os._exit(code)
         os.close(writing)
         say(id=request["id"], event="started", pid=pid)
         with os.fdopen(reading) as pipe:
