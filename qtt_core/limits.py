@@ -159,9 +159,14 @@ def held(i: PlannerInput) -> tuple[str, str] | None:
         return "DiskFull", f"no space left on the checkpoint volume; waiting: {', '.join(full)}"
     if any(is_lost(i, job) for job in i.observed.jobs):
         return "DataRegressed", "the store has lost decisions whose jobs still exist"
-    if i.optimizer.error:
+    if is_resting(i):
         return "OptimizerUnhealthy", i.optimizer.error
     return None
+
+
+def is_resting(i: PlannerInput) -> bool:
+    """Whether the optimizer has failed and is not due to be tried again."""
+    return bool(i.optimizer.error) and i.now < i.optimizer.retry_at
 
 
 def phase(i: PlannerInput) -> Phase:

@@ -155,6 +155,8 @@ class OptimizerView:
     proposals: tuple[Proposal, ...] = ()
     finished: str | None = None
     error: str = ""
+    retry_at: float = 0.0
+    """When the failed call may be tried again, seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,7 @@ from qtt_core.limits import (
     entry_of,
     held,
     is_lost,
+    is_resting,
     may_reopen,
     next_attempt,
     phase,
@@ -287,7 +288,8 @@ def _prepare(i: PlannerInput) -> Iterator[Action]:
             res=PREPARE_SECONDS, ver=i.identity.version,
         )  # fmt: skip
         yield OpenStep(event=event, config=None)
-    if i.ledger.prepared is not None and not (i.optimizer.loaded or i.optimizer.busy):
+    idle = not (i.optimizer.loaded or i.optimizer.busy or is_resting(i))
+    if i.ledger.prepared is not None and idle:
         yield LoadOptimizer()
 
 
@@ -329,7 +331,8 @@ def _opened(i: PlannerInput, proposal: Proposal, steps_left: float) -> Open:
 
 def _ask(i: PlannerInput) -> Iterator[Action]:
     """Feed the optimizer what happened, then ask for as many configurations as slots are free."""
-    if not i.optimizer.loaded or i.optimizer.busy or i.ledger.closed is not None:
+    view = i.optimizer
+    if not view.loaded or view.busy or is_resting(i) or i.ledger.closed is not None:
         return
     if i.optimizer.told != i.ledger.last_id:
         yield Tell()
@@ -349,7 +352,7 @@ def _may_open(i: PlannerInput) -> bool:
 
 def _next_deadline(i: PlannerInput) -> float:
     """Seconds until a time-out or a delayed retry is due."""
-    waits = [300.0]
+    waits = [300.0, i.optimizer.retry_at - i.now]
     for entry in i.ledger.open.values():
         waits.append(entry.since + retry_delay(entry) - i.now)
     for job in i.observed.jobs:

@@ -18,8 +18,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from qtt_core.errors import OptimizerError, QuickTuneError
+from qtt_core.errors import Fault, OptimizerError, QuickTuneError, SpecError
+from qtt_core.fields import raise_faults
 from qtt_core.optimizer import Optimizer, build, setup_space
+from qtt_core.space import SearchSpace
 from qtt_core.steps import BudgetView, OptimizerSetup, Proposal, event_from_json
 from qtt_operator.optimizer_wire import encode, error_to_json, read
 
@@ -43,8 +45,13 @@ class Session:
         return self._optimizer
 
     def describe(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Identity of the space that a setup describes."""
-        space, _ = setup_space(OptimizerSetup.from_json(request["setup"]))
+        """Identity of the space that a setup describes.
+
+        Raises: SpecError that names every initial configuration which is none of the space.
+        """
+        setup = OptimizerSetup.from_json(request["setup"])
+        space, _ = setup_space(setup)
+        raise_faults(_initial_faults(space, setup))
         return {"space_id": space.space_id, "space_sha": space.sha}
 
     def load(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,6 +156,17 @@ def end_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)
+
+
+def _initial_faults(space: SearchSpace, setup: OptimizerSetup) -> list[Fault]:
+    faults: list[Fault] = []
+    for number, config in enumerate(setup.options.initial_configs):
+        try:
+            space.canonical(config)
+        except SpecError as error:
+            where = f"spec.search.initialConfigs[{number}]"
+            faults += [Fault(f"{where}.{f.field}", f.value, f.expected) for f in error.faults]
+    return faults
 
 
 def _order(position: str) -> tuple[int, int]:

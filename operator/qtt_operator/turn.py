@@ -15,7 +15,14 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from qtt_core import plan as p
-from qtt_core.errors import LedgerError, OptimizerError, StaleEpochError
+from qtt_core.errors import (
+    LedgerError,
+    ObservationError,
+    OptimizerError,
+    SpecError,
+    StaleEpochError,
+    UnknownConfigurationError,
+)
 from qtt_core.history import optimizer_events
 from qtt_core.jobs import JobDocument
 from qtt_core.ledger.events import Cancel, Done, Event, Fail, Open, Retry
@@ -23,7 +30,6 @@ from qtt_core.ledger.fold import LedgerState, fold
 from qtt_core.ledger.reply import Reply as Reply  # re-exported
 from qtt_core.planner import decide
 from qtt_core.steps import (
-    Abandon,
     BudgetView,
     Config,
     OptimizerEvent,
@@ -36,6 +42,9 @@ from qtt_operator.names import job_name
 from qtt_operator.observe import classify
 
 log = logging.getLogger(__name__)
+
+REST_SECONDS = 60.0
+"""How long a failed optimizer is left alone; its own three tries lie behind it."""
 
 
 class Ledger(Protocol):
@@ -95,7 +104,10 @@ class AskAnswer(Protocol):
 
 
 class OptimizerPort(Protocol):
-    """A supervised optimizer in another process. Raises: OptimizerError after its retries."""
+    """A supervised optimizer in another process. Raises: OptimizerError after its retries.
+
+    `ask` first forgets earlier proposals that were never told as opened.
+    """
 
     async def load(
         self, setup: OptimizerSetup, events: Sequence[tuple[str, OptimizerEvent]]
@@ -233,9 +245,9 @@ async def _act(context: RunContext, action: p.Action) -> bool:  # noqa: C901 - o
         case p.LoadOptimizer():
             _start_call(context, _load(context))
         case p.Tell():
-            await _tell(context)
+            return await _guarded(context, _tell(context))
         case p.Abandon():
-            await _abandon(context, action.config_id)
+            _abandon(context, action.config_id)
         case p.Ask():
             _start_call(context, _ask(context, action))
         case p.Requeue():
@@ -265,8 +277,6 @@ async def _open(context: RunContext, action: p.OpenStep) -> bool:
         kept = tuple(x for x in context.view.proposals if str(x.config_id) != event.c)
         context.view = replace(context.view, proposals=kept)
     if not _accepted(reply, event):
-        if event.c.isdigit():
-            await context.optimizer.tell([("", Abandon(config_id=int(event.c)))])
         return False
     if action.config is not None:
         context.configs[event.c] = action.config
@@ -292,16 +302,27 @@ async def _create(context: RunContext, action: p.CreateJob) -> None:
 def _start_call(context: RunContext, work: Coroutine[None, None, None]) -> None:
     context.view = replace(context.view, busy=True, error="")
 
-    async def guarded() -> None:
+    async def call() -> None:
         try:
-            await work
-        except OptimizerError as error:
-            context.view = replace(context.view, error=str(error))
+            await _guarded(context, work)
         finally:
             context.view = replace(context.view, busy=False)
             context.wake.set()
 
-    context.call = asyncio.create_task(guarded())
+    context.call = asyncio.create_task(call())
+
+
+async def _guarded(context: RunContext, work: Coroutine[None, None, None]) -> bool:
+    """Await a call; whether it worked. A failure is kept for the planner, which lets it rest."""
+    try:
+        await work
+    except (OptimizerError, SpecError, ObservationError, UnknownConfigurationError) as error:
+        retry_at = context.clock() + REST_SECONDS
+        context.view = replace(context.view, error=str(error), retry_at=retry_at)
+        log.warning("optimizer: %s", error)
+        return False
+    context.view = replace(context.view, error="", retry_at=0.0)
+    return True
 
 
 async def _load(context: RunContext) -> None:
@@ -351,7 +372,7 @@ async def _ask(context: RunContext, action: p.Ask) -> None:
     )
 
 
-async def _abandon(context: RunContext, config_id: int) -> None:
+def _abandon(context: RunContext, config_id: int) -> None:
+    """Drop a proposal. The optimizer forgets by itself what was not opened before the next ask."""
     kept = tuple(x for x in context.view.proposals if x.config_id != config_id)
     context.view = replace(context.view, proposals=kept)
-    await context.optimizer.tell([("", Abandon(config_id=config_id))])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,28 @@ def test_a_setup_that_cannot_be_built_names_the_user_s_fault():
         with pytest.raises(SpecError, match=r"0\.123") as caught:
             await client.load(make_setup(overrides={"lr": "0.123"}), [])
         assert caught.value.faults
+
+    run(scenario)
+
+
+def test_initial_configurations_of_a_manifest_are_checked_and_asked_first_in_order():
+    """A cluster has no lint before it: a wrong one must be named before the run starts."""
+    given = ({"lr": "1e-3", "stoch_norm": "false"}, {"opt": "sgd", "drop": "0.3"})
+
+    async def scenario(client):
+        setup = make_setup()
+        wrong = replace(setup.options, initial_configs=(given[0], {"lr": "0.5", "modle": "x"}))
+        with pytest.raises(SpecError) as refused:
+            await client.describe(replace(setup, options=wrong))
+        fields = {fault.field for fault in refused.value.faults}
+        assert {"spec.search.initialConfigs[1].lr", "spec.search.initialConfigs[1].modle"} == fields
+
+        good = replace(setup, options=replace(setup.options, initial_configs=given))
+        await client.describe(good)
+        await client.load(good, [])
+        first = (await client.ask(2, EVERYTHING)).proposals
+        assert [p.config["lr"] for p in first] == [0.001, 0.0001]
+        assert (first[1].config["opt"], first[1].config["drop"]) == ("sgd", 0.3)
 
     run(scenario)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qtt_core import plan as p
-from qtt_core.errors import StaleEpochError
+from qtt_core.errors import OptimizerError, StaleEpochError
 from qtt_core.hub import load_hub, select
 from qtt_core.ledger.events import Done, Event, Open
 from qtt_core.ledger.fold import fold
@@ -252,6 +252,72 @@ def test_a_store_that_fails_at_any_call_changes_no_result(late: bool) -> None:
         assert results(events) == expected, f"call {nth}"
         assert fold(events).steps == 3
     assert reached > 20
+
+
+@dataclass(slots=True)
+class Ailing(InProcessOptimizer):
+    """Fails the first calls of each kind, as a worker that is killed again and again."""
+
+    failures: dict[str, int] = field(default_factory=dict)
+
+    def _fail(self, call: str) -> None:
+        if self.failures.get(call, 0) > 0:
+            self.failures[call] -= 1
+            raise OptimizerError(f"no answer to {call}")
+
+    async def load(
+        self, setup: OptimizerSetup, events: Sequence[tuple[str, OptimizerEvent]]
+    ) -> None:
+        self._fail("load")
+        await InProcessOptimizer.load(self, setup, events)
+
+    async def tell(self, events: Sequence[tuple[str, OptimizerEvent]]) -> None:
+        self._fail("tell")
+        await InProcessOptimizer.tell(self, events)
+
+    async def ask(self, n: int, budget: BudgetView) -> Answer:
+        self._fail("ask")
+        return await InProcessOptimizer.ask(self, n, budget)
+
+
+def test_an_optimizer_that_fails_rests_and_the_run_goes_on() -> None:
+    """It used to be held for ever after a failed ask, and to be loaded again without a pause."""
+    spec = make_spec(budget=Budget(max_steps=3), search=Search(pool_size=6))
+
+    async def scenario() -> tuple[list[Event], float]:
+        clock = VirtualClock()
+        began = clock.now
+        backend, ledger = SimulatedBackend(clock=clock), MemoryLedger(clock=clock)
+        ailing = Ailing(failures={"load": 2, "ask": 2, "tell": 1})
+        await drive(make_context(ledger, backend, clock, spec, ailing), backend)
+        return await ledger.read(), clock.now - began
+
+    events, seconds = asyncio.run(scenario())
+    assert results(events) == results(asyncio.run(undisturbed(spec))[0])
+    assert seconds >= 5 * 60
+
+
+def test_a_proposal_that_is_not_opened_is_no_word_to_the_optimizer() -> None:
+    """It forgets by itself before the next ask; a word without a stream id has no place there."""
+
+    async def scenario() -> list[str]:
+        clock = VirtualClock()
+        backend, ledger = SimulatedBackend(clock=clock), MemoryLedger(clock=clock)
+        optimizer = InProcessOptimizer()
+        context = make_context(ledger, backend, clock, make_spec(), optimizer)
+        while not context.view.proposals:
+            if not moved(await run_turn(context)) and context.call is None:
+                clock.now = backend.next_end() or clock.now
+            if context.call is not None:
+                await context.call
+                context.call = None
+        context.run = replace(context.run, spec=replace(context.run.spec, suspend=True))
+        plan = await run_turn(context)
+        assert any(isinstance(action, p.Abandon) for action in plan.actions)
+        assert context.view.proposals == ()
+        return [type(event).__name__ for event in optimizer.fed]
+
+    assert "Abandon" not in asyncio.run(scenario())
 
 
 def test_the_optimizer_is_told_the_seconds_it_proposed_on_any_number_of_devices() -> None:
