@@ -18,7 +18,7 @@ from qtt_core.ledger.events import Open
 from qtt_core.plan import JobEnd, JobPhase, Observed, ObservedJob
 from qtt_operator import job_ends
 from qtt_operator.cluster import CLAIMS, JOBS, PODS, Cluster, Object
-from qtt_operator.informer import Informer, run_uid, without
+from qtt_operator.informer import Informers, run_uid, without
 from qtt_operator.manifests import (
     JobRequest,
     RunObject,
@@ -64,8 +64,8 @@ class _Memory:
 class Copies:
     """The informers of Jobs and Pods, and the memory of deleted ones, shared by all runs."""
 
-    jobs: Informer
-    pods: Informer
+    jobs: Informers
+    pods: Informers
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,7 +98,7 @@ class ClusterBackend:
         seen = [job for job in jobs if job is not None]
         names = {job.name for job in seen}
         seen += [job for job in self._gone.values() if job.name not in names]
-        synced = self.copies.jobs.synced.is_set() and self.copies.pods.synced.is_set()
+        synced = self.copies.jobs.is_synced and self.copies.pods.is_synced
         room = max(0, self.settings.max_open_jobs - self.others_open())
         return Observed(jobs=tuple(seen), synced_at=self.clock() if synced else 0.0, devices=room)
 

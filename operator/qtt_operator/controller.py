@@ -20,21 +20,39 @@ from typing import Any
 import kopf
 from redis.asyncio import Redis
 
-from qtt_core.errors import StoreUnavailableError
+from qtt_core.errors import QuickTuneError, StoreError, StoreUnavailableError
+from qtt_operator import http_port
+from qtt_operator.active_run import Key
 from qtt_operator.cli import Outcome
-from qtt_operator.cluster import JOBS, PODS, Cluster, Object
+from qtt_operator.cluster import JOBS, PODS, Cluster, Object, Resource
 from qtt_operator.cluster_backend import Copies, trim_job, trim_pod
 from qtt_operator.exits import INTERRUPTED
-from qtt_operator.informer import Informer, run_uid
+from qtt_operator.informer import Informer, Informers, run_uid
 from qtt_operator.leader import Leader
+from qtt_operator.metrics import Metrics
 from qtt_operator.names import GROUP
 from qtt_operator.optimizer_share import OptimizerShare
-from qtt_operator.reconcile import Key, Reconciler
-from qtt_operator.redis_client import client_of_url, highest_epoch, raise_epoch, server_clock_offset
+from qtt_operator.reconcile import Reconciler
+from qtt_operator.redis_client import (
+    client_of_url,
+    highest_epoch,
+    raise_epoch,
+    server_clock_offset,
+    syncs_always,
+)
 from qtt_operator.settings import OperatorSettings, load_settings
 from qtt_operator.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
+
+STORE_LOOK_SECONDS = 60.0
+LAG_LOOK_SECONDS = 1.0
+EVERYSEC_DELAY = 2.0
+"""Between a commit and the Job's time to live, where Redis writes to disk once a second."""
+
+SILENCE_SECONDS = 600.0
+LAG_SECONDS = 30.0
+"""An informer that heard nothing, or a loop that was stuck, for so long: restart this process."""
 
 
 def controller_verb(arguments: argparse.Namespace) -> Outcome:
@@ -49,41 +67,12 @@ async def run_operator(settings: OperatorSettings) -> None:
     """Wait for the Lease, then work until a signal. Leaves the process when leadership is lost."""
     cluster = await Cluster.connect(qps=settings.api_qps, burst=settings.api_burst)
     store = client_of_url(settings.redis_url)
-    identity = f"{socket.gethostname()}-{secrets.token_hex(4)}"
-    leader = Leader(
-        cluster, namespace=settings.lease_namespace, name=settings.lease_name,
-        identity=identity, highest_epoch=lambda: _highest_epoch(store),
-    )  # fmt: skip
+    operator = Operator(cluster, store, settings)
     try:
-        epoch = await leader.acquire()
-        cluster.guard = leader.check
-        with contextlib.suppress(StoreUnavailableError):
-            await raise_epoch(store, epoch)
-        async with asyncio.TaskGroup() as group:
-            keeping = group.create_task(_keep(leader))
-            operator = _Operator(cluster, store, settings, epoch)
-            await operator.run()
-            keeping.cancel()
-        await leader.release()
+        await operator.run()
     finally:
         await store.aclose()
         await cluster.close()
-
-
-async def _highest_epoch(store: Redis) -> int:
-    """0 while the store is away: the fence of each run then tells whether ours is high enough."""
-    try:
-        return await highest_epoch(store)
-    except StoreUnavailableError as error:
-        log.warning("%s", error)
-        return 0
-
-
-async def _keep(leader: Leader) -> None:
-    try:
-        await leader.keep()
-    except Exception as error:  # noqa: BLE001  # whatever it is: not the leader any more
-        stop_at_once(error)
 
 
 def stop_at_once(error: BaseException) -> None:
@@ -93,53 +82,83 @@ def stop_at_once(error: BaseException) -> None:
     os._exit(INTERRUPTED)
 
 
-class _Operator:
-    """What the leader runs."""
+class Operator:
+    """The parts of one process, and how they hang together."""
 
-    def __init__(
-        self, cluster: Cluster, store: Redis, settings: OperatorSettings, epoch: int
-    ) -> None:
+    def __init__(self, cluster: Cluster, store: Redis, settings: OperatorSettings) -> None:
         self._cluster, self._store, self._settings = cluster, store, settings
-        namespaces = settings.namespaces
-        self._copies = Copies(
-            jobs=Informer(
-                cluster, JOBS, namespaces[0] if namespaces else "", trim=trim_job,
-                on_change=self._child_changed, on_delete=self._job_deleted,
-            ),
-            pods=Informer(
-                cluster, PODS, namespaces[0] if namespaces else "", trim=trim_pod,
-                on_change=self._child_changed, on_delete=self._pod_deleted,
-            ),
+        self._metrics = Metrics()
+        self._leader = Leader(
+            cluster, namespace=settings.lease_namespace, name=settings.lease_name,
+            identity=f"{socket.gethostname()}-{secrets.token_hex(4)}",
+            highest_epoch=self._highest_epoch, lease_seconds=settings.lease_seconds,
         )  # fmt: skip
+        self._offset = 0.0
+        self._lag = 0.0
         self._share = OptimizerShare(settings.optimizer_workers)
         self._queue: WorkQueue[Key] = WorkQueue(self._reconcile)
-        self._offset = 0.0
-        self.reconciler = Reconciler(
-            cluster=cluster, copies=self._copies, store=store, share=self._share,
-            settings=settings, epoch=epoch, enqueue=self._queue.add, fatal=stop_at_once,
-            clock=lambda: time.time() + self._offset,
-        )  # fmt: skip
+        self._copies = Copies(jobs=self._informers(JOBS), pods=self._informers(PODS))
+        self._reconciler: Reconciler | None = None
+        cluster.observer = self._api_called
 
     async def run(self) -> None:
-        """Until a signal stops kopf."""
-        tasks = [
-            asyncio.create_task(self._copies.jobs.run()),
-            asyncio.create_task(self._copies.pods.run()),
-            asyncio.create_task(self._follow_clock()),
-        ]
-        await self._copies.jobs.synced.wait()
-        await self._copies.pods.synced.wait()
-        tasks.append(asyncio.create_task(self._queue.run()))
+        """Stand by, lead, and let go in order when a signal ends kopf."""
+        settings = self._settings
+        port = await http_port.serve(
+            settings.metrics_port, metrics=self._text, healthy=self._unwell, ready=lambda: ""
+        )
+        tasks = [asyncio.create_task(self._watch_loop())]
         try:
+            epoch = await self._leader.acquire()
+            self._cluster.guard = self._leader.check
+            tasks.append(asyncio.create_task(self._keep_leading()))
+            await self._look_at_store()
+            self._reconciler = self._new_reconciler(epoch)
+            tasks += [
+                asyncio.create_task(self._copies.jobs.run()),
+                asyncio.create_task(self._copies.pods.run()),
+                asyncio.create_task(self._follow_store()),
+            ]
+            await self._copies.jobs.synced()
+            await self._copies.pods.synced()
+            tasks.append(asyncio.create_task(self._queue.run()))
             await self._watch_runs()
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._share.close()
+            await port.cleanup()
+            with contextlib.suppress(QuickTuneError):
+                await self._leader.release()
+
+    # --- parts -------------------------------------------------------------------------------
+
+    def _informers(self, resource: Resource) -> Informers:
+        trim = trim_job if resource == JOBS else trim_pod
+        gone = self._job_deleted if resource == JOBS else self._pod_deleted
+        return Informers(
+            {
+                namespace: Informer(
+                    self._cluster, resource, namespace,
+                    trim=trim, on_change=self._child_changed, on_delete=gone,
+                )
+                for namespace in self._settings.namespaces or ("",)
+            }
+        )  # fmt: skip
+
+    def _new_reconciler(self, epoch: int) -> Reconciler:
+        self._metrics.set("leader", 1)
+        self._metrics.set("lease_epoch", epoch)
+        return Reconciler(
+            cluster=self._cluster, copies=self._copies, store=self._store, share=self._share,
+            settings=self._settings, epoch=epoch, enqueue=self._queue.add, fatal=stop_at_once,
+            metrics=self._metrics, instance=self._leader.identity,
+            clock=lambda: time.time() + self._offset,
+        )  # fmt: skip
 
     async def _watch_runs(self) -> None:
-        """kopf: every TuningRun there is, then every change of one."""
+        """kopf: every TuningRun there is, then every change of one, until a signal."""
         registry = kopf.OperatorRegistry()
         kopf.on.login(registry=registry)(_login)
         kopf.on.event(GROUP, "v1alpha1", "tuningruns", registry=registry)(self._run_seen)
@@ -148,37 +167,100 @@ class _Operator:
             clusterwide=not self._settings.namespaces, namespaces=self._settings.namespaces,
         )  # fmt: skip
 
-    async def _run_seen(self, *, event: Any, **_: Any) -> None:
-        found: Object = event["object"]
-        if event["type"] == "DELETED":
-            self.reconciler.run_deleted(found)
-        else:
-            self.reconciler.run_changed(found)
+    async def _keep_leading(self) -> None:
+        try:
+            await self._leader.keep()
+        except Exception as error:  # noqa: BLE001  # whatever it is: not the leader any more
+            stop_at_once(error)
+
+    # --- what the parts tell each other --------------------------------------------------------
 
     async def _reconcile(self, key: Key) -> float | None:
-        return await self.reconciler.reconcile(key)
+        assert self._reconciler is not None  # the queue runs after election
+        return await self._reconciler.reconcile(key)
 
-    async def _follow_clock(self) -> None:
-        """Times of the ledger are the store's: count with its clock, whatever ours says."""
-        while True:
-            with contextlib.suppress(Exception):
-                self._offset = await server_clock_offset(self._store)
-            await asyncio.sleep(60.0)
+    async def _run_seen(self, *, event: Any, **_: Any) -> None:
+        assert self._reconciler is not None
+        found: Object = event["object"]
+        if event["type"] == "DELETED":
+            self._reconciler.run_deleted(found)
+        else:
+            self._reconciler.run_changed(found)
 
     def _child_changed(self, found: Object) -> None:
-        self.reconciler.child_changed(run_uid(found))
+        if self._reconciler is not None:
+            self._reconciler.child_changed(run_uid(found))
 
     def _job_deleted(self, job: Object) -> None:
-        backend = self.reconciler.backend_of(run_uid(job))
-        if backend is not None:
+        backend = self._reconciler and self._reconciler.backend_of(run_uid(job))
+        if backend:
             backend.job_deleted(job)
         self._child_changed(job)
 
     def _pod_deleted(self, pod: Object) -> None:
-        backend = self.reconciler.backend_of(run_uid(pod))
-        if backend is not None:
+        backend = self._reconciler and self._reconciler.backend_of(run_uid(pod))
+        if backend:
             backend.pod_deleted(pod)
         self._child_changed(pod)
+
+    # --- the store ----------------------------------------------------------------------------
+
+    async def _highest_epoch(self) -> int:
+        """0 while the store is away: the fence of each run then tells whether ours will do."""
+        try:
+            return await highest_epoch(self._store)
+        except StoreUnavailableError as error:
+            log.warning("%s", error)
+            return 0
+
+    async def _follow_store(self) -> None:
+        while True:
+            await asyncio.sleep(STORE_LOOK_SECONDS)
+            await self._look_at_store()
+
+    async def _look_at_store(self) -> None:
+        """Its clock dates every event: we count with it. Its settings say when a write is safe."""
+        try:
+            await raise_epoch(self._store, self._leader.epoch)
+            self._offset = await server_clock_offset(self._store)
+            always = await syncs_always(self._store)
+        except StoreError as error:
+            log.warning("%s", error)
+            return
+        if self._reconciler is not None:
+            self._reconciler.commit_delay_seconds = 0.0 if always else EVERYSEC_DELAY
+
+    # --- probes and metrics --------------------------------------------------------------------
+
+    async def _watch_loop(self) -> None:
+        """How late the event loop wakes up."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(LAG_LOOK_SECONDS)
+            self._lag = time.monotonic() - before - LAG_LOOK_SECONDS
+            self._metrics.observe("event_loop_lag_seconds", max(0.0, self._lag))
+
+    def _unwell(self) -> str:
+        """Why this process should be restarted; an outage of Redis is no reason."""
+        if self._lag > LAG_SECONDS:
+            return f"the event loop was stuck for {self._lag:.0f} s"
+        if self._reconciler is None:
+            return ""
+        silence = max(self._copies.jobs.silent_seconds, self._copies.pods.silent_seconds)
+        return f"no word of the API server for {silence:.0f} s" if silence > SILENCE_SECONDS else ""
+
+    def _text(self) -> bytes:
+        metrics = self._metrics
+        metrics.set("leader", int(self._leader.leads))
+        metrics.set("workqueue_depth", self._queue.depth)
+        metrics.set("workqueue_oldest_seconds", self._queue.oldest_seconds)
+        for name, copies in (("jobs", self._copies.jobs), ("pods", self._copies.pods)):
+            metrics.set("informer_last_event_seconds", copies.silent_seconds, name)
+        return metrics.text()
+
+    def _api_called(self, verb: str, resource: str, code: str, seconds: float) -> None:
+        self._metrics.add("api_requests", verb, resource, code)
+        self._metrics.observe("api_request_seconds", seconds, verb, resource)
 
 
 def _login(**kwargs: Any) -> Any:

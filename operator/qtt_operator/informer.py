@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from qtt_core.errors import ClusterError, ClusterUnavailableError
 from qtt_operator.cluster import Cluster, Object, Resource
@@ -155,6 +155,61 @@ class Informer:
             if not names:
                 del self._by_run[run_uid(found)]
             self._on_delete(found)
+
+
+class Informers:
+    """One resource in several namespaces, read like one; a namespace each, or "" alone for all."""
+
+    def __init__(self, parts: Mapping[str, Informer]) -> None:
+        self._parts = dict(parts)
+
+    @property
+    def is_synced(self) -> bool:
+        """Whether every part was listed once."""
+        return all(part.synced.is_set() for part in self._parts.values())
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long the quietest part has heard nothing; bookmarks come about once a minute."""
+        return time.monotonic() - min(part.heard_at for part in self._parts.values())
+
+    @property
+    def relists(self) -> int:
+        """Full lists so far."""
+        return sum(part.relists for part in self._parts.values())
+
+    def of_run(self, uid: str) -> list[Object]:
+        """Objects that carry a run's label."""
+        return [found for part in self._parts.values() for found in part.of_run(uid)]
+
+    def runs(self) -> set[str]:
+        """Uids of runs that have objects."""
+        return {uid for part in self._parts.values() for uid in part.runs()}
+
+    def get(self, namespace: str, name: str) -> Object | None:
+        """One object as last seen."""
+        part = self._part(namespace)
+        return part.get(namespace, name) if part is not None else None
+
+    def put(self, found: Object) -> None:
+        """An object as a write of ours returned it."""
+        part = self._part(found["metadata"].get("namespace", ""))
+        if part is not None:
+            part.put(found)
+
+    async def run(self) -> None:
+        """Follow all of them until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for part in self._parts.values():
+                group.create_task(part.run())
+
+    async def synced(self) -> None:
+        """Wait until every part was listed once."""
+        for part in self._parts.values():
+            await part.synced.wait()
+
+    def _part(self, namespace: str) -> Informer | None:
+        return self._parts.get(namespace) or self._parts.get("")
 
 
 def run_uid(found: Object) -> str:

@@ -1,8 +1,8 @@
 """Who may work: one process at a time holds a Lease, and its epoch fences all it writes.
 
-The Lease is taken before any work and renewed every two seconds. Whether another holder is alive is
-judged by our own clock and by whether its record changes, never by comparing wall clocks. A holder
-that could not renew in time stops at once: what it still writes to the ledger would be refused.
+The Lease is taken before any work and renewed six times in its duration. Whether another holder is
+alive is judged by our own clock and by whether its record changes, never by comparing wall clocks.
+A holder that could not renew in time stops at once: the ledger would refuse what it still writes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from qtt_operator.cluster import LEASES, Cluster, Object
 
 log = logging.getLogger(__name__)
 
-LEASE_SECONDS, RENEW_DEADLINE, RENEW_EVERY = 12.0, 8.0, 2.0
 CONFLICT = 409
 
 
@@ -37,10 +36,13 @@ class Leader:
         name: str,
         identity: str,
         highest_epoch: Callable[[], Awaitable[int]],
+        lease_seconds: float = 12.0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster, self._namespace, self._name = cluster, namespace, name
         self.identity = identity
+        self._lease_seconds = lease_seconds
+        self._deadline, self._every = lease_seconds * 2 / 3, lease_seconds / 6
         self._highest_epoch, self._now = highest_epoch, now
         self._lease: Object = {}
         self._seen: tuple[str, str] = ("", "")
@@ -51,7 +53,7 @@ class Leader:
     @property
     def leads(self) -> bool:
         """Whether this process holds the Lease and renewed it in time."""
-        return self._renewed_at is not None and self._now() - self._renewed_at < LEASE_SECONDS
+        return self._renewed_at is not None and self._now() - self._renewed_at < self._lease_seconds
 
     def check(self) -> None:
         """Raises: LeadershipLostError once the Lease may be another's."""
@@ -72,16 +74,16 @@ class Leader:
             except ClusterError as error:
                 if error.status != CONFLICT:
                     raise
-            await asyncio.sleep(RENEW_EVERY)
+            await asyncio.sleep(self._every)
 
     async def keep(self) -> None:
         """Renew until it fails for too long. Raises: LeadershipLostError."""
         while True:
-            await asyncio.sleep(RENEW_EVERY)
+            await asyncio.sleep(self._every)
             began = self._now()
             try:
-                async with asyncio.timeout(RENEW_DEADLINE):
-                    await self._write(self.identity, LEASE_SECONDS)
+                async with asyncio.timeout(self._deadline):
+                    await self._write(self.identity, self._lease_seconds)
                 self._renewed_at = began
             except (ClusterUnavailableError, TimeoutError) as error:
                 log.warning("lease not renewed: %s", error or "no answer")
@@ -92,8 +94,8 @@ class Leader:
                     raise
                 await self._reread()
             assert self._renewed_at is not None
-            if self._now() - self._renewed_at > RENEW_DEADLINE:
-                raise LeadershipLostError(f"lease not renewed for {RENEW_DEADLINE:.0f} s")
+            if self._now() - self._renewed_at > self._deadline:
+                raise LeadershipLostError(f"lease not renewed for {self._deadline:.0f} s")
 
     async def release(self) -> None:
         """Let the next one in at once."""
@@ -113,7 +115,7 @@ class Leader:
         seen = (str(spec.get("holderIdentity") or ""), str(spec.get("renewTime") or ""))
         if seen != self._seen:
             self._seen, self._seen_at = seen, self._now()
-        patience = float(spec.get("leaseDurationSeconds") or LEASE_SECONDS)
+        patience = float(spec.get("leaseDurationSeconds") or self._lease_seconds)
         if seen[0] and self._now() - self._seen_at <= patience:
             return False
         self._lease = found
@@ -123,7 +125,7 @@ class Leader:
     async def _take(self, transitions: int) -> None:
         """Write us as the holder, with an epoch above every earlier one."""
         self.epoch = max(transitions, await self._highest_epoch()) + 1
-        await self._write(self.identity, LEASE_SECONDS, acquired=True)
+        await self._write(self.identity, self._lease_seconds, acquired=True)
 
     async def _write(self, holder: str, seconds: float, *, acquired: bool = False) -> None:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -152,6 +152,20 @@ async def server_clock_offset(client: Redis) -> float:
     return float(seconds) + float(micros) / 1e6 - (before + time.time()) / 2
 
 
+async def syncs_always(client: Redis) -> bool:
+    """Whether a write that was answered is on disk; unknown counts as no."""
+    try:
+        with store_errors(client):
+            found: Any = await client.config_get("appendfsync")
+    except StoreUnavailableError:
+        with store_errors(client):  # away, or only the command forbidden?
+            await client.ping()
+        return False
+    except StoreError:
+        return False
+    return bool(found.get("appendfsync") == "always")
+
+
 async def check_store(client: Redis) -> list[str]:
     """Advice on a server's durability, one sentence each; empty when all is well.
 

@@ -37,6 +37,8 @@ class OperatorSettings:
     namespaces: tuple[str, ...] = ()
     lease_namespace: str = "default"
     lease_name: str = "quicktune-operator"
+    lease_seconds: float = 12.0
+    """A leader that died is replaced after at most this, and a little."""
     trainer_image: str = "quicktune-trainer"
     pod_defaults: Mapping[str, Any] = field(default_factory=dict)
     """A pod spec below `spec.template.spec`: node selectors, tolerations, resources."""

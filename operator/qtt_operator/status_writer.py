@@ -1,0 +1,138 @@
+"""Writes a TuningRun's status: little, seldom, and at once when a condition changes.
+
+Computes with `status` and `cluster_status`, sends the smallest patch, and says changed conditions
+as Events and in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from qtt_core.plan import JobPhase, Plan
+from qtt_operator.active_run import ActiveRun
+from qtt_operator.cluster import RUNS, Cluster, Object
+from qtt_operator.cluster_events import Events
+from qtt_operator.cluster_status import (
+    Condition,
+    Truth,
+    cluster_status,
+    merge_patch,
+    news,
+    with_conditions,
+)
+from qtt_operator.settings import OperatorSettings
+from qtt_operator.status import build_status
+
+log = logging.getLogger(__name__)
+
+GOOD = frozenset({"Accepted", "StoreAvailable", "OptimizerHealthy", "Progressing", "Complete"})
+"""Conditions whose truth is no reason to warn; of the others, `Suspended` is a user's wish."""
+
+
+class StatusWriter:
+    """`stored` is told of the object as the server has it after a write."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        settings: OperatorSettings,
+        store: str,
+        events: Events,
+        stored: Callable[[Object], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._cluster, self._settings, self._store = cluster, settings, store
+        self._events, self._stored, self._clock = events, stored, clock
+
+    async def write(
+        self, run: ActiveRun, found: Object, plan: Plan, *, at_once: bool = False
+    ) -> float:
+        """Write what changed; seconds until a write that was held back is due."""
+        full = self._status(run, plan)
+        patch = merge_patch(run.status, full)
+        if not patch:
+            return self._settings.resync_seconds
+        wait = run.written_at + self._settings.status_seconds - time.monotonic()
+        fresh = news(run.status.get("conditions", []), full["conditions"])
+        if wait > 0 and not fresh and not at_once:
+            return wait
+        await self._send(found, patch, fresh)
+        run.status, run.written_at = full, time.monotonic()
+        return self._settings.resync_seconds
+
+    async def say(self, found: Object, truth: Truth, run: ActiveRun | None) -> None:
+        """Write one condition of a run that cannot go on; the rest of its status stays."""
+        old = run.status if run is not None else (found.get("status") or {})
+        previous = old.get("conditions", [])
+        generation = found["metadata"]["generation"]
+        conditions = with_conditions(previous, [truth], generation=generation, now=self._clock())
+        if conditions == previous:
+            return
+        patch = {"conditions": conditions, "observedGeneration": generation}
+        if "phase" not in old:
+            patch["phase"] = "Pending"
+        if run is not None:
+            run.status = {**run.status, **patch}
+        await self._send(found, patch, news(previous, conditions))
+
+    def _status(self, run: ActiveRun, plan: Plan) -> dict[str, Any]:
+        context = run.context
+        status = build_status(
+            spec=context.run.spec, identity=context.run.identity, ledger=context.state,
+            histories=run.house.histories(context), observed=context.observed, phase=plan.phase,
+            held=plan.held, recommendation=context.recommendation, now=self._clock(),
+        )  # fmt: skip
+        full = cluster_status(
+            status, truths(run, plan), previous=run.status.get("conditions", []), uid=run.uid,
+            generation=run.generation, now=self._clock(), store=self._store,
+        )  # fmt: skip
+        if context.recommendation is None and "best" in run.status:
+            full["best"] = run.status["best"]  # an optimizer that is not loaded yet knows none
+        return full
+
+    async def _send(self, found: Object, patch: dict[str, Any], fresh: list[Condition]) -> None:
+        namespace, name = found["metadata"]["namespace"], found["metadata"]["name"]
+        patched = await self._cluster.patch(RUNS, namespace, name, {"status": patch}, sub="status")
+        if patched is None:
+            return
+        self._stored(patched)
+        for condition in fresh:
+            what = f"{condition['type']}={condition['status']} {condition['reason']}"
+            log.info("%s/%s: %s %s", namespace, name, what, condition["message"])
+            warning = (condition["type"] in GOOD) != (condition["status"] == "True")
+            await self._events.emit(
+                found, reason=condition["reason"], message=condition["message"] or what,
+                warning=warning and condition["type"] not in {"Suspended", "Progressing"},
+            )  # fmt: skip
+
+
+def truths(run: ActiveRun, plan: Plan) -> list[Truth]:
+    """Conditions that only the cluster's side knows."""
+    view, jobs = run.context.view, run.context.observed.jobs
+    found = [Truth(type="StoreAvailable", status=True, reason="Connected")]
+    if view.error:
+        found.append(
+            Truth(type="OptimizerHealthy", status=False, reason="Timeout", message=view.error)
+        )
+    elif view.loaded:
+        found.append(Truth(type="OptimizerHealthy", status=True, reason="Ready"))
+    phases = {job.phase for job in jobs}
+    if JobPhase.RUNNING not in phases and plan.held is None:
+        if JobPhase.PENDING in phases:
+            reason, message = run.backend.waiting()
+            if reason:
+                found.append(
+                    Truth(type="Progressing", status=False, reason=reason, message=message)
+                )
+        elif JobPhase.QUEUED in phases:
+            found.append(
+                Truth(
+                    type="Progressing", status=False, reason="WaitingForQuota",
+                    message="Jobs are suspended: a queue holds them back",
+                )
+            )  # fmt: skip
+    return found
