@@ -371,6 +371,8 @@ _KEYED = {
     "containers": "name", "initContainers": "name", "env": "name", "volumes": "name",
     "imagePullSecrets": "name", "volumeMounts": "mountPath",
 }  # fmt: skip
+_DEEP = frozenset({"containers", "initContainers"})
+"""Lists whose members are merged; an environment variable, a volume or a mount has one source."""
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Object:
@@ -385,7 +387,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Object:
         elif isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
             merged[key] = merge(merged[key], value)
         elif key in _KEYED and isinstance(merged.get(key), list):
-            merged[key] = _merge_named(merged[key], value, _KEYED[key])
+            merged[key] = _merge_named(merged[key], value, _KEYED[key], deep=key in _DEEP)
         elif key == "tolerations" and isinstance(merged.get(key), list):
             merged[key] += [_copy(item) for item in value if item not in merged[key]]
         else:
@@ -393,12 +395,13 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Object:
     return merged
 
 
-def _merge_named(base: Sequence[Object], over: Sequence[Object], key: str) -> list[Object]:
+def _merge_named(
+    base: Sequence[Object], over: Sequence[Object], key: str, *, deep: bool
+) -> list[Object]:
     merged = {item.get(key): item for item in base}
     for item in over:
-        known = merged.get(item.get(key))
-        replaced = known is None or "value" in item or "emptyDir" in item
-        merged[item.get(key)] = _copy(item) if replaced else merge(known or {}, item)
+        known = merged.get(item.get(key), {}) if deep else {}
+        merged[item.get(key)] = merge(known, item)
     return list(merged.values())
 
 
