@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from qtt_core.jobs import JobDocument, Paths, Task
-from qtt_trainer import data, prepare
+from qtt_trainer import data, loaders, prepare
 from qtt_trainer.transforms import plan_transforms
 
 CONFIG = {
@@ -281,8 +284,35 @@ def test_the_evaluation_set_keeps_the_manifests_order(manifest, glyph_folder):
     assert torch.equal(val[2][0], val[2][0])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("content", [b"", None], ids=["broken", "gone"])
+def test_a_worker_survives_one_signal_to_the_group_and_ends_with_the_next():
+    """One that ignored every SIGTERM kept a process whose data set had changed from ever ending."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            loaders.quiet_worker(0)
+            os.write(writing, b"r")
+            while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+                time.sleep(0.005)
+            os.write(writing, b"s")
+            signal.pause()
+        finally:
+            os._exit(0)
+    assert os.read(reading, 1) == b"r"
+
+    os.kill(pid, signal.SIGTERM)
+    survived = os.read(reading, 1)
+    os.kill(pid, signal.SIGTERM)
+    _, status = os.waitpid(pid, 0)
+
+    assert survived == b"s"
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+    os.close(reading)
+    os.close(writing)
+
+
+# With workers torch waits five seconds before it ends one that reported an error: once is enough.
+@pytest.mark.parametrize(("workers", "content"), [(0, b""), (0, None), (1, b"")])
 def test_an_image_that_broke_after_prepare_ends_the_job_with_its_name(
     glyph_folder, tmp_path, workers, content
 ):

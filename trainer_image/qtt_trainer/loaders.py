@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -63,10 +64,18 @@ def train_loader(
 
 
 def quiet_worker(worker: int) -> None:
-    """A signal to the group must not kill the workers before the parent has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A signal to the group must not kill the workers before the parent has saved.
+
+    The next SIGTERM does: torch ends a worker that reported an error by no other means, and a
+    process whose worker ignores it for good never exits.
+    """
+    signal.signal(signal.SIGTERM, _ignore_once)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _ignore_once(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
 
 
 def eval_loader(dataset: EvalSet, *, batch: int, workers: int, pin: bool) -> DataLoader[Any]:
