@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qtt_core.errors import DataError, MessageError, QuickTuneError
+from qtt_core.errors import DataError, MessageError, QuickTuneError, VolumeError
 from qtt_core.jobs import JobDocument
 from qtt_core.plan import JobEnd, JobPhase
-from qtt_core.results import EXIT_BAD_DATA, EXIT_COMMITTED, StepResult
+from qtt_core.results import EXIT_BAD_DATA, EXIT_COMMITTED, State, StepResult
 from qtt_operator.local_backend import LocalBackend
 
 BATCH = 50
@@ -36,7 +36,8 @@ async def evaluate(
 ) -> Scores:
     """Score checkpoint folders; `document` says on what.
 
-    Raises: DataError if the images cannot be used, EvaluationError if the trainer fails.
+    Raises: DataError if the images cannot be used, VolumeError for a damaged checkpoint,
+    EvaluationError if the trainer fails.
     """
     scores: Scores = {}
     for start in range(0, len(checkpoints), BATCH):
@@ -71,6 +72,8 @@ def _scores(document: JobDocument, end: JobEnd) -> Scores:
         raise EvaluationError(f"evaluation failed: {words} ({error})") from error
     if end.exit_code == EXIT_BAD_DATA:
         raise DataError(result.reason)
+    if result.state is State.CHECKPOINT_CORRUPT:
+        raise VolumeError(f"{result.reason}: damaged; remove this folder to score the others")
     if end.exit_code != EXIT_COMMITTED:
         raise EvaluationError(f"evaluation failed: {result.state.value}: {result.reason}")
     return {(int(s["config_id"]), int(s["fidelity"])): s for s in result.scores}

@@ -7,6 +7,7 @@ sixteen basic colours are used, so that it neither jumps nor vanishes on a light
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -25,6 +26,8 @@ from qtt_core.steps import Metric
 from qtt_operator.local_backend import RunningStep
 from qtt_operator.report import number, predicted, settings, shown
 from qtt_operator.snapshot import Snapshot
+
+log = logging.getLogger(__name__)
 
 LAST_RESULTS = 3
 MOST_SLOTS = 16
@@ -369,7 +372,8 @@ class LiveView:
         self.console.print(Text.assemble(("note  ", "yellow"), text))
 
     def line(self, text: str) -> None:
-        """Decisions and results are in the view itself; the log file has the lines."""
+        """Decisions and results are in the view itself; `-v` shows the lines above it."""
+        log.info("%s", text)
 
     def show(self, snapshot: Snapshot) -> None:
         """Draw the run as it is now."""

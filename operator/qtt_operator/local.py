@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -44,8 +43,6 @@ from qtt_operator.stopping import (
 from qtt_operator.store import RunLock
 from qtt_operator.timings import Trace
 from qtt_operator.turn import RunContext, moved, pause_seconds, run_turn, tell_the_rest
-
-log = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 0.5
 
@@ -293,7 +290,6 @@ class _Runner:
         if first and self._narrator.steps:
             lines.insert(0, self._narrator.so_far())
         for text in lines:
-            log.info("%s", text)
             self._view.line(text)
 
     async def _refresh(self, context: RunContext) -> None:

@@ -73,7 +73,13 @@ async def open_store(
     Raises: StoreUnavailableError if nobody answers there; what `EmbeddedStore.start` raises.
     """
     if url is not None:
-        client = await connect(url)
+        try:
+            client = await connect(url)
+        except StoreUnavailableError as error:
+            remedy = (
+                "start it or correct --redis-url; without the option a server of our own is used"
+            )
+            raise StoreUnavailableError(f"{error}; {remedy}") from error
         try:
             yield LocalStore(client, None), await check_store(client)
         finally:

@@ -65,9 +65,7 @@ class Narrator:
             case Retry():
                 return self._retry(event)
             case Cancel():
-                self.spent += event.dev
-                fate = "given up" if event.retire else "put back"
-                return f"{_who(event.c)} {fate}: {_why(event)}"
+                return self._cancelled(event)
             case Reopen():
                 return f"going on: {event.reason}"
             case Close():
@@ -137,6 +135,12 @@ class Narrator:
     def _retry(self, event: Retry) -> str:
         self.spent += event.dev
         return f"{_who(event.c)} again, attempt {event.a + 1}: {_why(event)}"
+
+    def _cancelled(self, event: Cancel) -> str:
+        self.spent += event.dev
+        if event.reason == State.BAD_DATA:
+            return ""  # the close that follows says it
+        return f"{_who(event.c)} {'given up' if event.retire else 'put back'}: {_why(event)}"
 
     def _used(self) -> str:
         """How much of the budget is used: `  [step 12 of 60, 31 of 180 s]`."""

@@ -162,8 +162,10 @@ def claim_folder(
     """
     root = mounts.get(claim, manifest_dir / claim)
     if not root.is_dir():
-        where = f"no folder {root}"
-        raise SpecError([Fault(field, claim, f"{where}; add --mount {claim}=/path/to/the/folder")])
+        if claim in mounts:
+            raise SpecError([Fault("--mount", f"{claim}={root}", "no such folder; name another")])
+        remedy = f"no folder {root}; add --mount {claim}=/path/to/the/folder"
+        raise SpecError([Fault(field, claim, remedy)])
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts:
         raise SpecError([Fault(field, path, "use a relative path that stays inside the claim")])

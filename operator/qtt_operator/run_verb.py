@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from qtt_core.errors import DataError
+from qtt_core.errors import DataError, VolumeError
 from qtt_operator.cli import Outcome
 from qtt_operator.documents import evaluate_document
 from qtt_operator.evaluation import EvaluationError, evaluate, read_kept
@@ -184,7 +184,7 @@ async def _tested(
         )
         try:
             found = await evaluate(finished.backend, document, [winner.checkpoint])
-        except (EvaluationError, DataError) as error:
+        except (EvaluationError, DataError, VolumeError) as error:
             return rows, f"not scored on {split}: {error}"
         known[key] = found[(winner.config_id, winner.fidelity)]
         write_atomically(path, json.dumps(known, indent=1))
@@ -207,11 +207,15 @@ def _text(finished: Finished, report: _Report, form: str) -> str:
         tested = any(row.test is not None for row in report.rows)
         columns = leaderboard_columns(metric, tested=tested)
         lines.append(render(records, "table", columns, **terminal).rstrip("\n"))
-    used = f"{state.steps} steps, {state.charged_seconds:.0f} device-seconds"
+    used = (
+        f"{state.steps} step{'s' * (state.steps != 1)}, {state.charged_seconds:.0f} device-seconds"
+    )
     if state.first_time and state.last_end:
         used += f", {clock(state.last_end - state.first_time)}"
     lines.append(f"{ending.reason}: {ending.message or 'done'} ({used})")
     winner = report.winner
+    if winner is None and ending.complete:
+        lines.append("no checkpoint: it ended before the first result; raise the budget to go on")
     if winner is not None and report.checkpoint is not None:
         lines.append(f"best checkpoint: {_short(report.checkpoint)}")
         if winner.test is not None:

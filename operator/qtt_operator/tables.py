@@ -61,7 +61,7 @@ def leaderboard_columns(metric: Metric, *, tested: bool) -> list[Column]:
     ]
 
 
-_STATE_NOTE = {"open": "running", "paused": "paused", "finished": "finished"}
+_STATE_NOTE = {"open": "unfinished", "paused": "paused", "finished": "finished"}
 
 
 def statistics_columns(metric: Metric) -> list[Column]:

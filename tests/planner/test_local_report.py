@@ -189,7 +189,7 @@ def test_a_run_that_goes_on_says_in_one_line_what_it_has(recorded):
         (Retry(c="3", to=1, a=1, reason="ServeDied", dev=1.0, msg="SIGKILL"), "c3 again, attempt 2: ServeDied SIGKILL"),
         (Retry(c="3", to=1, a=1, reason="Stopped", dev=1.0, msg="Stopped"), "c3 again, attempt 2: Stopped"),
         (Cancel(c="3", to=1, a=0, reason="bug", retire=True, msg="Traceback\nValueError: x"), "c3 given up: bug ValueError: x"),
-        (Cancel(c="prepare", to=1, a=0, reason="bad_data", msg="no val"), "prepare put back: bad_data no val"),
+        (Cancel(c="prepare", to=1, a=0, reason="RunnerLost"), "prepare put back: RunnerLost"),
         (Done(c="3", to=1, a=0, state="diverged", epochs=(), dev=1.0), "c3 diverged after 0 good epochs  [step 1 of 9, 1 device-s]"),
         (Close(reason="BadData", msg="no val folder"), "ended: BadData no val folder"),
     ],

@@ -339,6 +339,7 @@ def test_an_unreachable_redis_ends_with_69_and_its_address(make_runner, tmp_path
 
     assert code == 69
     assert "127.0.0.1:1" in err
+    assert "correct --redis-url" in err
 
 
 def test_a_missing_claim_says_which_mount_to_type(make_runner, tmp_path):

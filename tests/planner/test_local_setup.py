@@ -52,6 +52,11 @@ def test_a_claim_that_cannot_be_used_says_what_to_do(tmp_path, claim, path, says
         claim_folder("spec.dataset.claimName", claim, {}, tmp_path, path=path)
 
 
+def test_a_mount_that_is_not_there_is_the_fault_of_the_option(tmp_path):
+    with pytest.raises(SpecError, match=r"--mount: 'images=.*gone'; no such folder"):
+        claim_folder("f", "images", {"images": tmp_path / "gone"}, tmp_path)
+
+
 def test_mounts_are_absolute_and_every_bad_one_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

@@ -199,7 +199,7 @@ def _class_faults(root: str, train: FoundSplit, num_classes: int | None) -> list
 def _val_faults(root: str, train: FoundSplit, val: FoundSplit) -> list[str]:
     where = f"{root}/{val.folder}"
     filled = [name for name, files in val.classes.items() if files]
-    unknown = [name for name in filled if not train.classes.get(name)]
+    unknown = [name for name in filled if name not in train.classes]
     faults = []
     if unknown:
         faults.append(
