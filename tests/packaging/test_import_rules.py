@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-CORE_OF_THE_TRAINER = {"errors", "fields", "hub", "jobs", "space", "spec", "steps"}
+CORE_OF_THE_TRAINER = {"errors", "fields", "hub", "jobs", "results", "space", "spec", "steps"}
 
 LIGHT = [
     "qtt_core.planner",
