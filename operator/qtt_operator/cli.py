@@ -26,13 +26,14 @@ FORMATS = ("table", "json", "yaml", "csv")
 
 EXAMPLES = """\
 examples:
-  qtt run examples/digits/tuningrun.yaml             tune on this machine; again = go on
-  qtt run birds.yaml --mount datasets=/data          say where a claim lies
-  qtt run birds.yaml --devices cuda:0,cuda:1         two steps at a time
-  qtt leaderboard birds                              checkpoints, best first
-  qtt leaderboard birds --test ~/more-birds          scored on images the run never saw
-  qtt statistics birds -o json | jq '.[].score'      every configuration
-  qtt logs birds 17                                  what configuration 17 printed
+  qtt run examples/digits/tuningrun.yaml       tune here; again = go on
+  qtt run birds.yaml --mount datasets=/data    say where a claim lies
+  qtt run birds.yaml --devices cuda:0,cuda:1   two steps at a time
+  qtt leaderboard birds                        checkpoints, best first
+  qtt leaderboard birds --test ~/more-birds    scored on images never seen
+  qtt statistics birds -o json | jq '.[].score'
+                                               every configuration
+  qtt logs birds 17                            what configuration 17 printed
 """
 
 Handler = Callable[[argparse.Namespace], "Outcome"]
@@ -51,6 +52,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=24)
+        self._action_max_length = 15  # argparse forgets the indent of verbs when it measures
 
 
 class _Parser(argparse.ArgumentParser):
@@ -191,9 +193,9 @@ def _run_argument(parser: argparse.ArgumentParser) -> None:
 def _add_run(verbs: Verbs[_Parser]) -> None:
     parser = _verb(verbs, "run", "qtt_operator.verbs:run", "tune on this machine, or go on tuning")
     parser.epilog = (
-        "Ctrl-C lets running steps end and stops; a second one stops at once. The same command\n"
-        "resumes: nothing is trained, told or charged twice. A changed manifest is refused where\n"
-        "the change would make a different run; a raised budget goes on."
+        "Ctrl-C lets running steps end and stops; a second one stops at once. The same\n"
+        "command resumes: nothing is trained, told or charged twice. A changed manifest\n"
+        "is refused where the change would make a different run; a raised budget goes on."
     )
     parser.add_argument("manifest", type=Path, metavar="FILE", help="a TuningRun manifest (YAML)")
     _mount_option(parser)

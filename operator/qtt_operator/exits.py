@@ -25,7 +25,7 @@ USAGE, DATA, UNAVAILABLE, BUG, IO_ERROR, INTERRUPTED = 64, 65, 69, 70, 74, 75
 MEANINGS = {
     COMPLETE: "the run is Complete, or the verb did its work",
     FAILED: "the run Failed; the reason is printed",
-    USAGE: "manifest or command line: every fault is printed with field, value and remedy",
+    USAGE: "manifest or command line: every fault with field, value and remedy",
     DATA: "the images cannot be trained on",
     UNAVAILABLE: "Redis cannot be reached",
     BUG: "a bug; --debug shows the traceback",

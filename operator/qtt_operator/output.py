@@ -98,6 +98,33 @@ def _flat(value: object) -> object:
     return "" if value is None else value
 
 
+FLEXIBLE_WIDTH, GAP = 8, 3
+
+
+def _widths(columns: Sequence[Column], records: Sequence[Record]) -> list[int]:
+    """Characters that each column needs to show every cell whole."""
+    return [
+        max(len(column.title), *(len(column.cell(record)) for record in records))
+        for column in columns
+    ]
+
+
+def _fitting(
+    columns: Sequence[Column], records: Sequence[Record], width: int | None
+) -> Sequence[Column]:
+    """The columns a terminal has room for, from the left: a missing one beats a cut number."""
+    kept = list(columns)
+    while width is not None and len(kept) > 1:
+        needed = [
+            min(size, FLEXIBLE_WIDTH) if column.flexible else size
+            for column, size in zip(kept, _widths(kept, records), strict=True)
+        ]
+        if sum(needed) + GAP * len(kept) <= width:
+            break
+        kept.pop()
+    return kept
+
+
 def _table(
     records: Sequence[Record],
     columns: Sequence[Column],
@@ -114,6 +141,9 @@ def _table(
 
     if not records:
         return f"{empty}\n"
+    columns = _fitting(columns, records, width)
+    cells = [[column.cell(record) for column in columns] for record in records]
+    natural = _widths(columns, records)
     headed = any(column.title for column in columns)
     table = Table(
         box=SIMPLE_HEAD if headed else None,
@@ -122,7 +152,7 @@ def _table(
         title_justify="left",
         pad_edge=False,
     )
-    for column in columns:
+    for column, needed in zip(columns, natural, strict=True):
         table.add_column(
             column.title,
             justify="right" if column.right else "left",
@@ -130,17 +160,13 @@ def _table(
             no_wrap=True,
             overflow="ellipsis",
             ratio=None,
-            min_width=8 if column.flexible else None,
+            min_width=min(needed, FLEXIBLE_WIDTH) if column.flexible else needed,
         )
-    cells = [[column.cell(record) for column in columns] for record in records]
     for row in cells:
         table.add_row(*(Text(cell) for cell in row))
     out = io.StringIO()
     # not a terminal: as wide as the widest line, never cut (it may go through grep)
-    room = width or sum(
-        max(len(column.title), *(len(row[n]) for row in cells)) + 3
-        for n, column in enumerate(columns)
-    )
+    room = width or sum(natural) + GAP * len(columns)
     console = Console(
         file=out, width=max(room, 40), force_terminal=colour, no_color=not colour, highlight=False
     )

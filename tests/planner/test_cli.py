@@ -13,6 +13,7 @@ import yaml
 from qtt_core import errors
 from qtt_operator import cli
 from qtt_operator.exits import MEANINGS, exit_code
+from qtt_operator.output import Column, render
 
 VERBS = ("run", "lint", "leaderboard", "statistics", "logs", "get", "watch", "ledger")
 
@@ -334,3 +335,29 @@ def test_a_mount_that_cannot_be_used_is_a_fault(tmp_path, capsys, mount, says):
     captured = capsys.readouterr()
     assert code == 64
     assert says in captured.out + captured.err
+
+
+@pytest.mark.parametrize("verb", [[], ["run"], ["lint"], ["leaderboard"], ["statistics"], ["logs"]])
+def test_help_fits_into_eighty_columns(verb, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+
+    with pytest.raises(SystemExit):
+        cli.main([*verb, "--help"])
+
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_narrow_terminal_gets_fewer_columns_and_never_a_cut_number(width):
+    record = {"a": "0.123456789", "b": "12345.6", "c": "mini_resnet", "d": "x" * 90}
+    columns = [
+        Column(title=name, cell=lambda r, name=name: r[name], flexible=name == "d")
+        for name in record
+    ] + [Column(title="last", cell=lambda _r: "y" * 20)]
+
+    text = render([record], "table", columns, width=width)
+
+    assert max(map(len, text.splitlines())) <= width
+    for name in "abc":
+        assert (record[name] in text) == (name in text.splitlines()[1].split())
+    assert "0.123456789" in text
