@@ -104,6 +104,21 @@ def restricted(make_namespace: MakeNamespace) -> Kube:
     return make_namespace(enforce="restricted")
 
 
+@pytest.fixture
+def operator(testbed: Testbed, root: Path, request: pytest.FixtureRequest) -> Kube:
+    """The namespace of the installed operator, whose pod and Redis are ready; shared by all tests.
+
+    Its log is part of the report of a test that fails.
+    """
+    system = Kube(namespace=SYSTEM, api=testbed.api)
+    system.kubectl("apply", "--server-side", "-f", str(root / "crds"))
+    system.kubectl("apply", "-f", str(root / "tests" / "testbed" / "operator.yaml"))
+    for workload in ("statefulset/redis", "deployment/quicktune-operator"):
+        system.kubectl("rollout", "status", workload, "--timeout=120s")
+    request.node.stash.setdefault(NAMESPACES, []).append(system)
+    return system
+
+
 @pytest.fixture(scope="session")
 def digits_folder(testbed: Testbed, root: Path) -> Path:
     """The digits as `examples/digits/prepare.py` writes them, on the node's disk."""

@@ -148,6 +148,13 @@ class Testbed:
         finally:
             self.restart(program)
 
+    def signal_container(self, pod: Object, kill: str = "KILL") -> None:
+        """Signal the main process of a pod's one container from outside: KILL, STOP, CONT."""
+        socket = self.folder / pod["spec"]["nodeName"] / "containerd.sock"
+        container = pod["status"]["containerStatuses"][0]["containerID"].partition("://")[2]
+        words = ["--namespace", "k8s.io", "tasks", "kill", "--signal", f"SIG{kill}", container]
+        command("ctr", "--address", str(socket), *words)
+
     def audit(self) -> list[Object]:
         """Every API request so far; whole lines only, the server is writing."""
         text = (self.folder / "log" / "audit.jsonl").read_text()
