@@ -147,8 +147,8 @@ def _cancel(
 
 
 def _progressed(verdict: Verdict) -> bool:
-    """Whether a timed-out attempt trained: what it saved is where the next one begins."""
-    return verdict.result is not None and verdict.result.timing.get("train", 0.0) > 0
+    """Whether a timed-out attempt saved updates: there the next one begins."""
+    return verdict.result is not None and verdict.result.timing.get("progress", 0.0) > 0
 
 
 def _count(entry: OpenEntry, *reasons: str) -> int:

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 import qtt_core
 from qtt_operator import names
 
-TORCH = re.compile(r"(torch|torchvision|triton|nvidia-.*|cuda-.*)")
+TORCH = re.compile(r"(torch|torchvision|triton|sympy|nvidia-.*|cuda-.*)")
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".lua", ".json", ".cfg", ".sh", ""}
 
 OF_A_CLUSTER = {"CheckpointVolumeLost", "StoreLost"}

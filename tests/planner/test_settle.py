@@ -91,8 +91,8 @@ def test_the_event_that_records_an_end(
 
 
 def test_a_time_out_that_made_progress_is_retried_for_ever() -> None:
-    """`train` is what the trainer's message says; a word only the tests know would never come."""
-    trained = StepResult(attempt=1, nonce="n", state=State.TIMEOUT, timing={"train": 12.0})
+    """`progress` is what the message of qtt_trainer says: updates saved by this attempt."""
+    trained = StepResult(attempt=1, nonce="n", state=State.TIMEOUT, timing={"progress": 12.0})
     past: tuple[str, ...] = ("timeout",)
     for _ in range(20):
         event = settle(entry(*past), infra("timeout", result=trained), END, SPEC)
