@@ -70,5 +70,5 @@ if [[ $out == *.tar ]]; then
   rm -f "$out"
   buildah push -q "$name" "docker-archive:$out:$name" >&2
 else
-  buildah push -q --disable-compression "$name" "oci:$out:$name" >&2
+  buildah push -q --compression-format zstd --compression-level 1 "$name" "oci:$out:$name" >&2
 fi
