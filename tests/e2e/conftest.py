@@ -79,12 +79,13 @@ def make_namespace(
 ) -> Iterator[MakeNamespace]:
     """`make_namespace(enforce="restricted")` -> Kube; deleted after the test, not waited for."""
     stem = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower())[:40]
-    made: list[Kube] = request.node.stash.setdefault(NAMESPACES, [])
+    made: list[Kube] = []
 
     def make(*, enforce: str = "privileged") -> Kube:
         kube = Kube(namespace=f"{stem.strip('-')}-{next(_numbers)}", api=testbed.api)
         Kube(namespace="default", api=testbed.api).create(namespace(kube.namespace, enforce))
         made.append(kube)
+        request.node.stash.setdefault(NAMESPACES, []).append(kube)
         return kube
 
     yield make
