@@ -37,6 +37,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -283,7 +284,7 @@ class Cluster:
             case "etcd":
                 return self.healthy(f"{ETCD_URL}/readyz")
             case "kube-apiserver":
-                return self.api("GET", "/readyz") == "ok"
+                return bool(self.api("GET", "/readyz") == "ok")
             case "kube-controller-manager":
                 return self.healthy("https://127.0.0.1:10257/healthz")
             case "kube-scheduler":
@@ -341,7 +342,7 @@ class Cluster:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
         with urllib.request.urlopen(url, context=context, timeout=5) as answer:
-            return answer.status == 200
+            return bool(answer.status == 200)
 
     # Booting
 
@@ -365,7 +366,7 @@ class Cluster:
                   lambda: bool(self.api("GET", "/api/v1/namespaces/default/serviceaccounts/default")))  # fmt: skip
         self.start_storage()
         for node in self.nodes:
-            self.wait(node.name, lambda n=node: self.node_is_ready(n.name))
+            self.wait(node.name, partial(self.node_is_ready, node.name))
             self.set_extended_resources(node.name)
         if self.nodes:
             self.wait("coredns")
@@ -482,7 +483,7 @@ class Cluster:
         return ["sh", "-c", script, "sh", str(self.bin / "ctr"), f"{node.dir}/containerd.sock", *map(str, images)]
 
     def ctr(self, node: Node, *args: str) -> subprocess.CompletedProcess[str]:
-        ctr = [self.bin / "ctr", "--address", node.dir / "containerd.sock", "--namespace", "k8s.io"]
+        ctr = [str(self.bin / "ctr"), "--address", f"{node.dir}/containerd.sock", "--namespace", "k8s.io"]
         return subprocess.run([*ctr, *args], capture_output=True, text=True)
 
     def start_kubelet(self, node: Node) -> None:
@@ -551,7 +552,6 @@ class Cluster:
                    f"--node-ip={API_HOST}", *self.args.kwok_arg)  # fmt: skip
         self.wait(f"fake-{self.args.fake_nodes}", lambda: self.node_is_ready(f"fake-{self.args.fake_nodes}"))
 
-
     # Faults, done from inside of the namespaces
 
     def alive(self, name: str) -> bool:
@@ -559,7 +559,7 @@ class Cluster:
         record = self.recorded(name)
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{record['pid']}/cmdline").read_text().rstrip("\0").split("\0")
-            return words == record["argv"][-len(words) :]  # nsenter becomes what it starts
+            return bool(words == record["argv"][-len(words) :])  # nsenter becomes what it starts
         return False
 
     def kill(self, name: str, number: signal.Signals) -> None:
