@@ -46,6 +46,7 @@ class ActiveRun:
     uid: str
     generation: int
     context: RunContext
+    ledger: RedisLedger
     backend: ClusterBackend
     optimizer: SharedOptimizer
     house: Housekeeping
@@ -55,6 +56,8 @@ class ActiveRun:
     """When (monotonic)."""
     rejected: str = ""
     """The server's words on the Pod that the template makes, empty if it takes it."""
+    checked: bool = False
+    """Whether the ledger was compared with the status and the Jobs."""
     recorded: int = 0
     """Events counted by the metrics."""
 
@@ -156,9 +159,11 @@ def _assemble(
         wake=Wake(lambda: around.enqueue(key, 0.0)),
     )
     backend.opened = lambda c: _last_open(context, c)
+    backend.awaited = lambda c, to, attempt: _awaited(context, c, to, attempt)
     return ActiveRun(
         key=key, uid=owner.uid, generation=found["metadata"]["generation"], context=context,
-        backend=backend, optimizer=optimizer, house=house, status=found.get("status") or {},
+        ledger=ledger, backend=backend, optimizer=optimizer, house=house,
+        status=found.get("status") or {},
     )  # fmt: skip
 
 
@@ -215,6 +220,11 @@ def _identity(owner: RunObject, state: LedgerState) -> Identity:
         space_id="", space_sha="", spec_hash=immutable_digest(owner.run.raw_spec),
         version=qtt_core.__version__, raw_spec=owner.run.raw_spec,
     )  # fmt: skip
+
+
+def _awaited(context: RunContext, c: str, to: int, attempt: int) -> bool:
+    entry = context.state.open.get(c)
+    return entry is not None and (entry.to, entry.attempt) == (to, attempt)
 
 
 def _last_open(context: RunContext, c: str) -> Open | None:

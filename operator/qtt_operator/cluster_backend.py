@@ -79,6 +79,8 @@ class ClusterBackend:
     epoch: int
     clock: Callable[[], float]
     opened: Callable[[str], Open | None] = lambda _c: None
+    awaited: Callable[[str, int, int], bool] = lambda _c, _to, _attempt: False
+    """Whether the ledger waits for the end of (configuration, target, attempt)."""
     wake_after: Callable[[float], None] = lambda _seconds: None
     others_open: Callable[[], int] = lambda: 0
     """Live Jobs of other runs, for the install's limit."""
@@ -152,12 +154,10 @@ class ClusterBackend:
     def job_deleted(self, job: Object) -> None:
         """A Job is gone: if the ledger may wait for it, remember how it ended."""
         uid = _uid(job)
-        sight = self._sight(job)
-        if uid not in self._forgotten and not is_recorded(job):
-            end = job_ends.vanished(job, self._pods(job), sight)
-            seen = self._observe(job, end=end)
-            if seen is not None:
-                self._gone[seen.name] = seen
+        end = job_ends.vanished(job, self._pods(job), self._sight(job))
+        seen = self._observe(job, end=end)
+        if seen is not None:
+            self._gone[seen.name] = seen
         self._forgotten.discard(uid)
         self._memory.pop(uid, None)
 
@@ -167,6 +167,11 @@ class ClusterBackend:
             if job["metadata"]["name"] == _job_of(pod):
                 memory = self._memory.setdefault(_uid(job), _Memory())
                 memory.past_seconds += job_ends.held_seconds(pod, self.clock())
+
+    def all_jobs(self) -> list[Object]:
+        """Every Job of the run that is not on its way out."""
+        jobs = self.copies.jobs.of_run(self.owner.uid)
+        return [job for job in jobs if not job_ends.is_deleting(job)]
 
     def live(self) -> list[Object]:
         """Jobs that have not ended, for the limit over all runs."""
@@ -215,12 +220,12 @@ class ClusterBackend:
         return "", ""
 
     def _observe(self, job: Object, end: JobEnd | None = None) -> ObservedJob | None:
-        uid = _uid(job)
-        if uid in self._forgotten or (is_recorded(job) and end is None):
+        """The planner's view; None for a Job whose end is recorded, unless the record was lost."""
+        recorded = _uid(job) in self._forgotten or is_recorded(job)
+        seen = job_ends.observed_job(job, self._pods(job), self._sight(job))
+        if seen is None or (recorded and not self.awaited(seen.c, seen.to, seen.attempt)):
             return None
-        pods, sight = self._pods(job), self._sight(job)
-        seen = job_ends.observed_job(job, pods, sight)
-        if seen is None or end is None:
+        if end is None:
             return seen
         return ObservedJob(
             name=seen.name, kind=seen.kind, c=seen.c, to=seen.to, attempt=seen.attempt,

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from redis.asyncio import Redis
 
 from qtt_core.errors import LedgerError, SpecError, StaleEpochError, StoreUnavailableError
 from qtt_core.ledger.fold import step_epochs
-from qtt_core.plan import Plan
+from qtt_core.plan import Action, Commit, OpenStep, Plan, RecordNote
 from qtt_operator.active_run import (
     ActiveRun,
     Key,
@@ -26,21 +27,25 @@ from qtt_operator.active_run import (
 from qtt_operator.cluster import RUNS, Cluster, Object
 from qtt_operator.cluster_backend import ClusterBackend, Copies, is_recorded
 from qtt_operator.cluster_events import Events
-from qtt_operator.cluster_status import Truth, ended
+from qtt_operator.cluster_status import Truth, ended, is_true
 from qtt_operator.job_ends import seconds
 from qtt_operator.leader import LeadershipLostError
 from qtt_operator.metrics import Metrics
 from qtt_operator.optimizer_share import OptimizerShare
 from qtt_operator.redis_client import redacted
 from qtt_operator.redis_ledger import RedisLedger
+from qtt_operator.regression import RETRY_ANNOTATION, missing_steps, open_again, retry
 from qtt_operator.settings import OperatorSettings
 from qtt_operator.status_writer import StatusWriter
-from qtt_operator.turn import moved, pause_seconds, run_turn, tell_the_rest
+from qtt_operator.turn import gather, moved, pause_seconds, run_turn, tell_the_rest
 
 log = logging.getLogger(__name__)
 
 TURNS = 10
 """Turns of one run before the next run has its go."""
+
+REFUSALS = 3
+"""Turns in a row that write and find nothing written: the store is not what we remember."""
 
 STORE_AWAY_SECONDS = 3.0
 
@@ -128,6 +133,9 @@ class Reconciler:
             return STORE_AWAY_SECONDS
         except LedgerError as error:
             result = "ledger"
+            if run is not None:  # what this process remembers may be what is wrong: read anew
+                await self._drop(run)
+                return 0.0
             log.error("%s/%s: %s", *key, error)
             return await self._held(key, "StoreAvailable", "DataRegressed", error)
         except (StaleEpochError, LeadershipLostError) as error:
@@ -142,32 +150,80 @@ class Reconciler:
 
     async def _bring_forward(self, key: Key, found: Object, run: ActiveRun | None) -> float | None:
         if run is None:
-            if ended(found) and all(map(is_recorded, self._copies.jobs.of_run(_uid(found)))):
+            if self._is_over(found):
                 return await self._after_the_end(found)
             run = self.active[key] = await start_run(key, found, self._around)
         elif run.generation != found["metadata"]["generation"]:
             apply_spec(run, found, self._settings)
+        if not await run.ledger.holds(run.context.state.last_id):
+            log.warning("%s/%s: the store has lost events; reading it anew", *key)
+            await self._drop(run)
+            return 0.0
         if run.rejected:
             await check_pod(run)
         if run.rejected:
             why = Truth(type="Accepted", status=False, reason="PodRejected", message=run.rejected)
             await self._status.say(found, why, run)
             return self._settings.resync_seconds
+        await self._repair(run, found)
         plan, again = await self._turns(run)
         self._count(run)
+        if missing_steps(run.context.state, run.status):
+            await self._behind(run, found)
+            return STORE_AWAY_SECONDS if again is None else again
         if run.context.state.closed is not None and again is None:
             return await self._finish(run, plan) if run.is_still else STORE_AWAY_SECONDS
         held_back = await self._status.write(run, found, plan)
         pause = pause_seconds(plan) if again is None else again
         return min(pause, self._settings.resync_seconds, held_back)
 
+    def _is_over(self, found: Object) -> bool:
+        """Whether the status says so, no Job waits for its record and nobody asks for a retry."""
+        jobs = self._copies.jobs.of_run(_uid(found))
+        asked = RETRY_ANNOTATION in (found["metadata"].get("annotations") or {})
+        failed = is_true((found.get("status") or {}).get("conditions") or [], "Failed")
+        return ended(found) and all(map(is_recorded, jobs)) and not (asked and failed)
+
+    async def _repair(self, run: ActiveRun, found: Object) -> None:
+        """Tell the ledger what only Jobs and annotations know; open nothing while it is behind."""
+        context = run.context
+        if not run.checked:
+            await gather(context)
+        behind = missing_steps(context.state, run.status)
+        if behind or not run.checked:
+            if await open_again(run, self._cluster):
+                await gather(context)
+            run.checked = True
+        token = (found["metadata"].get("annotations") or {}).get(RETRY_ANNOTATION)
+        if token and await retry(run, token) and behind:
+            run.status = {**run.status, "consumed": {}}  # a person accepts what is left
+            behind = 0
+        spec = run.backend.owner.run.spec
+        context.run = replace(context.run, spec=replace(spec, suspend=True) if behind else spec)
+
+    async def _behind(self, run: ActiveRun, found: Object) -> None:
+        """Say that the store lost results; the status is left as it was."""
+        behind = missing_steps(run.context.state, run.status)
+        message = (
+            f"the store lacks {behind} steps that were counted; Jobs that are still there were read"
+            f" again. Restore Redis, or go on without them: annotate {RETRY_ANNOTATION}=<token>"
+        )
+        truth = Truth(type="StoreAvailable", status=False, reason="DataRegressed", message=message)
+        await self._status.say(found, truth, run)
+
     async def _turns(self, run: ActiveRun) -> tuple[Plan, float | None]:
         """Turns until nothing moves: (last plan, 0.0 if more are waiting)."""
+        refused = 0
         for _ in range(TURNS):
             run.context.wake.clear()
+            known = len(run.context.events)
             plan = await run_turn(run.context)
             if not moved(plan):
                 return plan, None
+            repeats = known == len(run.context.events) and any(map(_writes, plan.actions))
+            refused = refused + 1 if repeats else 0
+            if refused >= REFUSALS:
+                raise LedgerError("the ledger refuses what follows from its own events")
         return plan, 0.0
 
     async def _finish(self, run: ActiveRun, plan: Plan) -> float | None:
@@ -230,6 +286,10 @@ def key_of(found: Object) -> Key:
 
 def _uid(found: Object) -> str:
     return str(found["metadata"]["uid"])
+
+
+def _writes(action: Action) -> bool:
+    return isinstance(action, Commit | OpenStep | RecordNote)
 
 
 def _wish(found: Object) -> tuple[object, ...]:

@@ -92,6 +92,16 @@ class RedisLedger:
                 return events
             after = page[-1][0]
 
+    async def holds(self, stream_id: str) -> bool:
+        """Whether an event is still there; a store that lost its tail has forgotten it."""
+        if stream_id == "0-0":
+            return True
+        with store_errors(self.client):
+            found: Any = await self.client.xrange(
+                self.key("log"), min=stream_id, max=stream_id, count=1
+            )
+        return bool(found)
+
     async def configs(self) -> dict[str, Config]:
         """Config id -> canonical configuration of every opened configuration."""
         raw = await self._hash("cfg")

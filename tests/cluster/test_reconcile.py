@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import pytest
+import redis
 
 from qtt_core.ledger.events import Cancel, Close, Done, Event, Retry
 from qtt_core.results import EXIT_CODES, State, StepResult
@@ -393,3 +394,110 @@ def test_metrics_tell_what_the_ledger_tells(redis_store: EmbeddedStore) -> None:
     assert 'quicktune_steps_total{namespace="default",outcome="ok"} 6.0' in texts[0]
     assert uuid.uuid4().hex not in texts[0]
     assert 'run="toy"' not in texts[0]
+
+
+# --- a store that forgets -------------------------------------------------------------------------
+
+
+def keys_of(store: EmbeddedStore, uid: str) -> dict[str, bytes]:
+    """Every key of a run, as the server would write it to disk."""
+    with plain(store) as client:
+        names = client.keys(f"qtt:{{{uid}}}:*")
+        return {name.decode(): client.dump(name) for name in names}
+
+
+def put_back(store: EmbeddedStore, uid: str, kept: dict[str, bytes]) -> None:
+    """What a restore from an older disk leaves."""
+    with plain(store) as client:
+        for name in client.keys(f"qtt:{{{uid}}}:*"):
+            client.delete(name)
+        for name, data in kept.items():
+            client.restore(name, 0, data)
+
+
+def plain(store: EmbeddedStore) -> redis.Redis:
+    """A client that takes bytes as they are."""
+    return redis.Redis(unix_socket_path=store.client().connection_pool.connection_kwargs["path"])
+
+
+@pytest.mark.parametrize(
+    "alive", [True, False], ids=["under a living operator", "while it is away"]
+)
+def test_results_that_the_store_lost_are_read_from_their_jobs_again(
+    redis_store: EmbeddedStore, alive: bool
+) -> None:
+    cluster = FakeCluster()
+
+    async def main() -> list[Event]:
+        run = await cluster.create(RUNS, "default", manifest(budget={"maxSteps": 8}))
+        uid = run["metadata"]["uid"]
+        operator = FakeOperator(cluster, redis_store)
+        async with operator.running():
+            await operator.until(lambda: steps_of(operator) >= 2)
+            kept = keys_of(redis_store, uid)
+            await operator.until(lambda: steps_of(operator) >= 5)
+            if alive:
+                put_back(redis_store, uid, kept)
+                await complete(cluster, operator)
+        if not alive:
+            put_back(redis_store, uid, kept)
+            later = FakeOperator(cluster, redis_store, epoch=2)
+            async with later.running():
+                await complete(cluster, later)
+        return await events_of(redis_store, run)
+
+    only_once(asyncio.run(main()), 8)
+
+
+def test_a_store_that_lost_what_no_job_knows_holds_the_run_until_a_person_says_go_on(
+    redis_store: EmbeddedStore,
+) -> None:
+    cluster = FakeCluster()
+
+    async def main() -> list[Event]:
+        run = await cluster.create(RUNS, "default", manifest(budget={"maxSteps": 8}))
+        uid = run["metadata"]["uid"]
+        first = FakeOperator(cluster, redis_store)
+        async with first.running():
+            await first.until(lambda: steps_of(first) >= 1)
+            kept = keys_of(redis_store, uid)
+            await first.until(lambda: steps_of(first) >= 4)
+        put_back(redis_store, uid, kept)
+        for job in cluster.jobs():
+            cluster.remove(job, "jobs")
+        second = FakeOperator(cluster, redis_store, epoch=2)
+        async with second.running():
+            await second.until(lambda: second.condition("StoreAvailable").get("status") == "False")
+            assert second.condition("StoreAvailable")["reason"] == "DataRegressed"
+            assert steps_of(second) >= 4  # what was counted is not forgotten in silence
+            await asyncio.sleep(0.1)
+            assert not cluster.jobs()
+            note = {"metadata": {"annotations": {"quicktune.dev/retry": "yes"}}}
+            await cluster.patch(RUNS, "default", "toy", note)
+            await complete(cluster, second)
+            assert second.is_true("StoreAvailable")
+        return await events_of(redis_store, run)
+
+    only_once(asyncio.run(main()), 8)
+
+
+def steps_of(operator: FakeOperator) -> int:
+    """Steps that the status counts."""
+    return int((operator.run().get("status") or {}).get("consumed", {}).get("steps", 0))
+
+
+def test_a_run_that_failed_goes_on_after_a_retry_annotation(redis_store: EmbeddedStore) -> None:
+    async def scenario(cluster: FakeCluster, operator: FakeOperator) -> None:
+        cluster.answer = lambda pod: (
+            cluster.succeed(pod) if document_of(pod)[0] == "prepare" else (70, "no message")
+        )
+        await operator.until(lambda: operator.is_true("Failed"))
+        cluster.answer = cluster.succeed
+        note = {"metadata": {"annotations": {"quicktune.dev/retry": "1"}}}
+        await cluster.patch(RUNS, "default", "toy", note)
+        await complete(cluster, operator)
+        assert not operator.is_true("Failed")
+
+    _, events = play(redis_store, scenario)
+
+    only_once(events)
