@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -115,10 +115,11 @@ async def start_run(key: Key, found: Object, around: Surroundings) -> ActiveRun:
     if (await ledger.fence()) is Reply.STALE:
         raise StaleEpochError(f"epoch {around.epoch} is fenced; a newer leader works")
     state = fold(await ledger.read())
-    check_drift(state, owner)
+    check_drift(state, owner, resolved.files)
     optimizer = around.share.port()
     contents = RunContents(
-        spec=run.spec, identity=_identity(owner, state), hub=resolved.hub,
+        spec=run.spec, identity=replace(_identity(owner, state), files=resolved.files),
+        hub=resolved.hub,
         places=places(run), space_definition=resolved.space_definition,
     )  # fmt: skip
     space = await optimizer.describe(optimizer_setup(contents, state))
@@ -201,10 +202,17 @@ def owner_of(found: Object, settings: OperatorSettings) -> RunObject:
     return RunObject(run=run, uid=str(found["metadata"]["uid"]))
 
 
-def check_drift(state: LedgerState, owner: RunObject) -> None:
-    """Raises: SpecError if the run that was started is another one (old servers ignore CEL)."""
+def check_drift(
+    state: LedgerState, owner: RunObject, files: Mapping[str, str] | None = None
+) -> None:
+    """Raises: SpecError if the run that was started is another one.
+
+    Old servers ignore CEL, and no server looks into the ConfigMaps (`files`: field -> digest).
+    """
     if state.run is not None:
         changed = changed_immutable_fields(state.run.spec, owner.run.raw_spec)
+        recorded = state.run.files
+        changed += [n for n, sha in (files or {}).items() if recorded.get(n, sha) != sha]
         remedy = "is immutable: this run has started"
         raise_faults([Fault(name, "changed", remedy) for name in changed])
 

@@ -54,6 +54,7 @@ def trim_pod(pod: Object) -> Object:
 class _Memory:
     """What this process knows of one Job."""
 
+    pending_since: float | None = None
     running_since: float | None = None
     finished_since: float | None = None
     killed: str = ""
@@ -238,6 +239,8 @@ class ClusterBackend:
         memory = self._memory.setdefault(_uid(job), _Memory())
         running = any(job_ends.started_at(p) is not None for p in pods)
         memory.running_since = (memory.running_since or now) if running else None
+        pending = not running and not job_ends.is_suspended(job)
+        memory.pending_since = (memory.pending_since or now) if pending else None
         unread = job_ends.finished(job) and not any(map(job_ends.terminated, pods))
         if unread and memory.finished_since is None:
             memory.finished_since = now
@@ -246,7 +249,8 @@ class ClusterBackend:
             if job_ends.is_deleting(pod) and job_ends.terminated(pod) is None:
                 self.wake_after(self.settings.node_lost_grace_seconds + SOON_SECONDS)
         return job_ends.Sight(
-            now=now, running_since=memory.running_since, finished_since=memory.finished_since,
+            now=now, pending_since=memory.pending_since,
+            running_since=memory.running_since, finished_since=memory.finished_since,
             killed=memory.killed, past_seconds=memory.past_seconds,
             node_lost_grace=self.settings.node_lost_grace_seconds,
         )  # fmt: skip

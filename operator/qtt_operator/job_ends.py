@@ -34,12 +34,13 @@ UNREAD_SECONDS = 10.0
 class Sight:
     """What this process knows of a Job beyond the two objects; times by our clock, seconds.
 
-    `running_since`: when we first saw its trainer run. `finished_since`: when we first saw the
-    Job finished without a pod that ended. `killed`: why we are ending it, empty if we are not.
-    `past_seconds`: device time of pods that are gone.
+    `pending_since`, `running_since`: when we first saw it wait for a node or an image, and run.
+    `finished_since`: when we first saw the Job finished without a pod that ended. `killed`: why we
+    are ending it, empty if we are not. `past_seconds`: device time of pods that are gone.
     """
 
     now: float
+    pending_since: float | None = None
     running_since: float | None = None
     finished_since: float | None = None
     killed: str = ""
@@ -55,13 +56,15 @@ def observed_job(job: Object, pods: Sequence[Object], sight: Sight) -> ObservedJ
         return None
     end = job_end(job, pods, sight)
     running = any(started_at(pod) is not None and terminated(pod) is None for pod in pods)
+    phase = JobPhase.ENDED if end is not None else _phase(job, running=running)
     return ObservedJob(
         name=job["metadata"]["name"],
         kind=str(labels.get(COMPONENT_LABEL, "step")),
         c=c, to=int(to), attempt=int(attempt),
-        phase=JobPhase.ENDED if end is not None else _phase(job, running=running),
+        phase=phase,
         created_at=seconds(job["metadata"].get("creationTimestamp")) or 0.0,
         started_at=sight.running_since if running else None,
+        pending_since=sight.pending_since if phase is JobPhase.PENDING else None,
         end=end,
     )  # fmt: skip
 

@@ -86,7 +86,7 @@ class Leader:
                     await self._write(self.identity, self._lease_seconds)
                 self._renewed_at = began
             except (ClusterUnavailableError, TimeoutError) as error:
-                log.warning("lease not renewed: %s", error or "no answer")
+                log.warning("lease not renewed: %s", str(error) or "no answer")
             except LeadershipLostError:
                 raise
             except ClusterError as error:

@@ -6,11 +6,14 @@ the same references from files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from qtt_core.errors import Fault, SpecError
 from qtt_core.hub import Hub, load_hub, read_hub, select
 from qtt_core.spec import Reference, TuningRun
+from qtt_core.steps import digest
 from qtt_operator.cluster import CONFIG_MAPS, Cluster
 from qtt_operator.documents import Places
 from qtt_operator.manifests import CHECKPOINTS, DATA, SCRATCH, WEIGHTS
@@ -22,19 +25,24 @@ class Resolved:
 
     hub: Hub
     space_definition: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Field -> digest of the text it names, for the `run` event."""
 
 
 async def resolve(cluster: Cluster, run: TuningRun) -> Resolved:
     """Read ConfigMaps and the hub. Raises: SpecError; ClusterError."""
     search, limits = run.spec.search, run.spec.search.model_limits
+    texts: dict[str, str] = {}
     if search.hub_ref is None:
         hub = load_hub(search.hub)
     else:
         text = await _text(cluster, run.namespace, "spec.search.hubRef", search.hub_ref)
+        texts["spec.search.hubRef"] = text
         hub = read_hub(search.hub_ref.name, text)
     ref, definition = search.config_space_ref, ""
     if ref is not None:
         definition = await _text(cluster, run.namespace, "spec.search.configSpaceRef", ref)
+        texts["spec.search.configSpaceRef"] = definition
     hub = select(
         hub,
         models=search.models,
@@ -43,17 +51,26 @@ async def resolve(cluster: Cluster, run: TuningRun) -> Resolved:
         licences=limits.licences,
         image_size=run.spec.dataset.image_size,
     )
-    return Resolved(hub=hub, space_definition=definition)
+    files = {name: _digest(name, text) for name, text in texts.items()}
+    return Resolved(hub=hub, space_definition=definition, files=files)
 
 
-async def _text(cluster: Cluster, namespace: str, field: str, reference: Reference) -> str:
+def _digest(name: str, text: str) -> str:
+    """A digest of the content, whatever its layout. Raises: SpecError."""
+    try:
+        return digest(json.loads(text, parse_constant=str))
+    except ValueError as error:
+        raise SpecError([Fault(name, "text", f"is no JSON: {error}")]) from error
+
+
+async def _text(cluster: Cluster, namespace: str, name: str, reference: Reference) -> str:
     found = await cluster.get(CONFIG_MAPS, namespace, reference.name)
     if found is None:
-        raise SpecError([Fault(field, reference.name, f"no such ConfigMap in {namespace}")])
+        raise SpecError([Fault(name, reference.name, f"no such ConfigMap in {namespace}")])
     data = found.get("data") or {}
     if reference.key not in data:
         keys = ", ".join(sorted(data)) or "it is empty"
-        raise SpecError([Fault(f"{field}.key", reference.key, f"the ConfigMap has {keys}")])
+        raise SpecError([Fault(f"{name}.key", reference.key, f"the ConfigMap has {keys}")])
     return str(data[reference.key])
 
 

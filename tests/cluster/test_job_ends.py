@@ -11,7 +11,7 @@ from qtt_core.plan import JobPhase
 from qtt_operator.job_ends import Sight, needs_deletion, observed_job, vanished, waiting_reason
 
 NOW = 1_800_000_100.0
-SIGHT = Sight(now=NOW)
+SIGHT = Sight(now=NOW, pending_since=NOW - 50)
 LABELS = {
     "app.kubernetes.io/component": "step", "quicktune.dev/config": "12",
     "quicktune.dev/fidelity": "3", "quicktune.dev/attempt": "1",
@@ -94,6 +94,7 @@ def test_the_phase_of_a_job(
 
     assert seen is not None
     assert seen.phase is phase
+    assert (seen.pending_since is not None) is (phase is JobPhase.PENDING)
     assert (seen.c, seen.to, seen.attempt) == ("12", 3, 1)
 
 
