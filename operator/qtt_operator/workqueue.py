@@ -13,6 +13,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
+from qtt_core.errors import QuickTuneError
+
 log = logging.getLogger(__name__)
 
 Key = TypeVar("Key", bound=tuple[str, ...])
@@ -120,10 +122,11 @@ class WorkQueue(Generic[Key]):
         try:
             after = await self._handle(key)
             self._failures.pop(key, None)
-        except Exception:  # the top of a turn: log, count, go on
+        except Exception as error:  # the top of a turn: log, count, go on
             self._failures[key] = self._failures.get(key, 0) + 1
             after = backoff_seconds(self._failures[key])
-            log.exception("%s failed, again in %.1f s", "/".join(key), after)
+            trace = None if isinstance(error, QuickTuneError) else error
+            log.error("%s failed, again in %.1f s: %s", "/".join(key), after, error, exc_info=trace)
         finally:
             self._busy.discard(key)
             slots.release()
