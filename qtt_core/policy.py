@@ -271,9 +271,12 @@ class QuickTune:
         level = self.prior_level(known)
         model = self._model(parameters, self._evidence.rows(known), level, points)
         place = {t.config_id: i for i, t in enumerate(known)}
+        standing = self._standing(model, known, level, mark, place)
+        believed = self._evidence.squash.to_score(np.array([u for u, _, _ in standing]))
         return [
-            (float(self._evidence.squash.to_score(np.array(u))), trial.config_id, epoch)
-            for u, trial, epoch in self._standing(model, known, level, mark, place)
+            # logits are cut off at chance and at what n_val resolves; measured scores are not
+            (min(max(float(score), min(trial.scores)), max(trial.scores)), trial.config_id, epoch)
+            for score, (_, trial, epoch) in zip(believed, standing, strict=True)
         ]
 
     def _predict(
