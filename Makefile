@@ -48,7 +48,7 @@ demo: venv ## tune on 1,797 scanned digits: environment, data, one local run, le
 	@$(VENV)/bin/qtt run examples/digits/tuningrun.yaml $(DEMO_FLAGS)
 
 test: venv ## the CPU test suite, no network
-	@$(PY) -m pytest -q $(PYTEST_FLAGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal $(PYTEST_FLAGS)
 
 check: venv ## lint, format, types, import rules, drift
 	@$(VENV)/bin/ruff check

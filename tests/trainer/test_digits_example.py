@@ -105,6 +105,6 @@ def test_the_manifest_is_clean_and_leaves_what_matters_to_the_search(root):
 
     assert check_spec(run) == []
     assert run.spec.budget.max_steps >= 60
-    for name in ("model", "lr", "opt", "data_augmentation", "linear_probing", "mixup"):
+    for name in ("model", "lr", "opt", "data_augmentation", "pct_to_freeze", "mixup"):
         assert len({config[name] for config in drawn}) > 1, name
     assert {config["model"] for config in drawn} == {card.name for card in load_hub("tiny").cards}
