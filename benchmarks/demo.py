@@ -42,15 +42,22 @@ class Figure:
         )
 
 
-def outcome(state_dir: Path) -> list[Figure]:
-    """Steps and test accuracy of the demo run whose state lies here."""
+ACCURACY = 0.95
+BROKEN = 0.90
+"""Two runs differ: decisions depend on measured seconds, and 400 test images by a point or two.
+A run that ended is judged by what only a broken demo misses; the figure is judged by `make bench`.
+"""
+
+
+def outcome(state_dir: Path, accuracy: float) -> list[Figure]:
+    """Steps and test accuracy of the demo run whose state lies here, against a lowest accuracy."""
     where = ("digits", "--state-dir", str(state_dir))
     steps = sum(row["steps"] for row in qtt_json("statistics", *where))
     ranked = qtt_json("leaderboard", *where, "--test", str(DIGITS / "test"))
     winner = next((row for row in ranked if row["best"]), ranked[0])
     return [
         Figure(name="steps", value=steps, bound=60, at_most=False),
-        Figure(name="test accuracy", value=winner["test"], bound=0.95, at_most=False),
+        Figure(name="test accuracy", value=winner["test"], bound=accuracy, at_most=False),
     ]
 
 
@@ -65,7 +72,7 @@ def run_demo(state_dir: Path) -> list[Figure]:
     return [
         Figure(name="wall", value=wall, bound=300, at_most=True, unit="s"),
         Figure(name="peak memory", value=run.peak_bytes / 2**30, bound=4, at_most=True, unit="GiB"),
-        *outcome(state_dir),
+        *outcome(state_dir, ACCURACY),
     ]
 
 
@@ -74,7 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--finished", type=Path, metavar="DIR", help="state of a run that ended")
     finished = parser.parse_args().finished
-    figures = outcome(finished) if finished else run_demo(STATE)
+    figures = outcome(finished, BROKEN) if finished else run_demo(STATE)
     if not finished:
         FIGURES.write_text(json.dumps({figure.name: figure.value for figure in figures}, indent=2))
     print(*figures, sep="\n")
