@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from typing import Any
 from qtt_core.steps import canonical_json
 from qtt_trainer.data_errors import DatasetChangedError
 from qtt_trainer.scan import FoundFile, QuickFacts, fingerprint, scan_split
+from qtt_trainer.volume import replace_file
 
 SCHEMA = 1
 
@@ -120,17 +120,7 @@ def save_manifest(manifest: DatasetManifest, run_dir: Path, class_map: str = "da
     path = Path(run_dir) / class_map
     path.parent.mkdir(parents=True, exist_ok=True)
     content = canonical_json(_to_json(manifest)).encode()
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    replace_file(path, content, durable=True)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -163,17 +153,6 @@ def _files(manifest: DatasetManifest, root: Path) -> list[FoundFile]:
             raise DatasetChangedError(f"{root / folder} is gone since prepare; restore it")
         files.extend(split.files)
     return files
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != 22:  # EINVAL: some network file systems cannot sync a folder
-            raise
-    finally:
-        os.close(handle)
 
 
 def _to_json(manifest: DatasetManifest) -> dict[str, Any]:

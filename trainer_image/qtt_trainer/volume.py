@@ -84,11 +84,20 @@ def write_json(path: Path, value: Mapping[str, Any]) -> Written:
 
 
 def replace_json(path: Path, value: Mapping[str, Any], *, durable: bool = False) -> None:
-    """Put JSON in place of a file atomically: readers see the old or the new one."""
+    """`replace_file` for JSON; NaN is refused."""
+    replace_file(path, json_bytes(value), durable=durable)
+
+
+def replace_file(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Put bytes in place of a file atomically: readers see the old or the new one, also in a crash.
+
+    `durable`: return only when a power cut cannot undo it. Raises: OSError, ENOSPC included; no
+    temporary file is left then.
+    """
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with fresh.open("wb") as file:
-            file.write(json_bytes(value))
+            file.write(content)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
@@ -96,6 +105,8 @@ def replace_json(path: Path, value: Mapping[str, Any], *, durable: bool = False)
     except OSError:
         fresh.unlink(missing_ok=True)
         raise
+    if durable:
+        sync_folder(path.parent)
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
