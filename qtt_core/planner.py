@@ -22,6 +22,7 @@ from qtt_core.ledger.events import (
     Reopen,
     Run,
     is_evaluation,
+    is_pseudo,
 )
 from qtt_core.ledger.fold import RETRY_NOTE, OpenEntry
 from qtt_core.limits import (
@@ -255,12 +256,18 @@ def _recreate(i: PlannerInput) -> Iterator[Action]:
             if created > CREATIONS_A_TURN:
                 return
             yield CreateJob(
-                kind="step" if entry.c.isdigit() else entry.c.split("-")[0],
+                kind=_kind(entry.c),
                 c=entry.c, frm=entry.frm, to=entry.to, attempt=entry.attempt,
                 decision=entry.decision, allow_restart=may_restart(entry),
                 timeout_seconds=step_timeout(i, entry.c, entry.reserved),
                 oom_kills=oom_kills(entry), avoid_nodes=_avoided(i),
             )  # fmt: skip
+
+
+def _kind(c: str) -> str:
+    if not is_pseudo(c):
+        return "step"
+    return "evaluate" if is_evaluation(c) else c
 
 
 def _avoided(i: PlannerInput) -> tuple[str, ...]:

@@ -191,7 +191,7 @@ async def check_pod(run: ActiveRun) -> None:
         timeout_seconds=CHECK_SECONDS,
     )  # fmt: skip
     document = job_document(contents, job, run.context.state)
-    run.rejected = await run.backend.preflight(document)
+    run.rejected = await run.backend.preflight(job, document)
 
 
 def owner_of(found: Object, settings: OperatorSettings) -> RunObject:

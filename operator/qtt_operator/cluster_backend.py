@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from qtt_core.errors import ClusterError
 from qtt_core.jobs import JobDocument
 from qtt_core.ledger.events import Open
-from qtt_core.plan import JobEnd, JobPhase, Observed, ObservedJob
+from qtt_core.plan import CreateJob, JobEnd, JobPhase, Observed, ObservedJob
 from qtt_operator import job_ends
 from qtt_operator.cluster import CLAIMS, JOBS, PODS, Cluster, Object
 from qtt_operator.informer import Informers, run_uid, without
@@ -105,13 +105,10 @@ class ClusterBackend:
         room = max(0, self.settings.max_open_jobs - self.others_open())
         return Observed(jobs=tuple(seen), synced_at=self.clock() if synced else 0.0, devices=room)
 
-    async def create(self, kind: str, job: str, document: JobDocument) -> None:
+    async def create(self, job: CreateJob, name: str, document: JobDocument) -> None:
         """Create the Job; one of this name and decision is adopted, one of another run replaced."""
-        c, to = _decision(kind, document)
-        opened = self.opened(c)
-        request = JobRequest(
-            kind=kind, name=job, c=c, to=to, document=document, opened=opened, epoch=self.epoch
-        )
+        opened = self.opened(job.c)
+        request = JobRequest(job=job, name=name, document=document, opened=opened, epoch=self.epoch)
         if not self._claims_made:
             await self._make_claims()
         body = build_job(self.owner, request, self.settings)
@@ -120,7 +117,7 @@ class ClusterBackend:
         except ClusterError as error:
             if error.status != CONFLICT:
                 raise
-            await self._adopt(job, opened)
+            await self._adopt(name, opened)
 
     async def kill(self, job: str, reason: str) -> None:
         """Delete the Job; it is observed as ended when its pods are gone too."""
@@ -184,20 +181,19 @@ class ClusterBackend:
 
     # --- checks before the first step ----------------------------------------------------------
 
-    async def preflight(self, document: JobDocument, kind: str = "prepare") -> str:
+    async def preflight(self, job: CreateJob, document: JobDocument) -> str:
         """Ask the server whether it would take this Job and its Pod; "" or its words.
 
         A restricted namespace accepts a bad Job with a warning and refuses its Pod for ever.
         """
-        c, to = _decision(kind, document)
         request = JobRequest(
-            kind=kind, name=f"{self.owner.run.name}-check", c=c, to=to,
+            job=job, name=f"{self.owner.run.name}-check",
             document=document, opened=None, epoch=self.epoch,
         )  # fmt: skip
-        job = build_job(self.owner, request, self.settings)
+        body = build_job(self.owner, request, self.settings)
         try:
-            await self.cluster.create(JOBS, self.namespace, job, dry_run=True)
-            await self.cluster.create(PODS, self.namespace, build_pod(job), dry_run=True)
+            await self.cluster.create(JOBS, self.namespace, body, dry_run=True)
+            await self.cluster.create(PODS, self.namespace, build_pod(body), dry_run=True)
         except ClusterError as error:
             if error.status in {400, 403, 404, 409, 422}:
                 return str(error)
@@ -307,14 +303,6 @@ class ClusterBackend:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _decision(kind: str, document: JobDocument) -> tuple[str, int]:
-    """(configuration or pseudo-configuration, target epoch) of a job, from its document."""
-    if kind == "step":
-        return str(document.config_id), document.fidelity_to
-    name, _, to = document.step.rpartition("-f")
-    return (name, int(to)) if name and to.isdigit() else (document.step or kind, 1)
 
 
 def is_recorded(job: Object) -> bool:

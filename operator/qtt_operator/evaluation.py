@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any
 
 from qtt_core.errors import DataError, MessageError, QuickTuneError, VolumeError
 from qtt_core.jobs import JobDocument
-from qtt_core.plan import JobEnd, JobPhase
+from qtt_core.plan import CreateJob, JobEnd, JobPhase
 from qtt_core.results import EXIT_BAD_DATA, EXIT_COMMITTED, State, StepResult
 from qtt_operator.local_backend import LocalBackend
 
@@ -49,7 +50,11 @@ async def evaluate(
 
 async def _run(backend: LocalBackend, document: JobDocument) -> JobEnd:
     name = f"evaluate-{secrets.token_hex(4)}"
-    await backend.create("evaluate", name, document)
+    order = CreateJob(
+        kind="evaluate", c=document.step, frm=0, to=1, attempt=document.attempt, decision="",
+        timeout_seconds=math.inf,
+    )  # fmt: skip
+    await backend.create(order, name, document)
     try:
         while True:
             backend.changed.clear()

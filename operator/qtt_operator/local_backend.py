@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qtt_core.jobs import JobDocument
-from qtt_core.planner import JobEnd, JobPhase, Observed, ObservedJob
+from qtt_core.plan import CreateJob, JobEnd, JobPhase, Observed, ObservedJob
 from qtt_operator.devices import Slot
 from qtt_operator.processes import end_groups, oom_kills, signal_group, start_ticks
 from qtt_operator.recovery import Orphan, recovered_end
@@ -116,17 +116,16 @@ class LocalBackend:
         )  # fmt: skip
         return Observed(jobs=jobs, synced_at=self._now(), devices=len(self.slots))
 
-    async def create(self, kind: str, job: str, document: JobDocument) -> None:
+    async def create(self, job: CreateJob, name: str, document: JobDocument) -> None:
         """Queue a job; one of this name that exists already is adopted as it is."""
-        if job in self._jobs:
+        if name in self._jobs:
             return
-        c, to = _decision(kind, document)
         record = _Job(
-            name=job, kind=kind, c=c, to=to, attempt=document.attempt,
+            name=name, kind=job.kind, c=job.c, to=job.to, attempt=job.attempt,
             created_at=self._now(), document=document,
         )  # fmt: skip
-        self._jobs[job] = record
-        self._trace("created", {"job": job})
+        self._jobs[name] = record
+        self._trace("created", {"job": name})
         self._queue.put_nowait(record)
         while len(self._workers) < len(self.slots):
             slot = self.slots[len(self._workers)]
@@ -354,14 +353,6 @@ class LocalBackend:
         ended = end_groups(groups)
         if ended:
             log.warning("ended %d trainer processes of an earlier runner", ended)
-
-
-def _decision(kind: str, document: JobDocument) -> tuple[str, int]:
-    """(configuration or pseudo-configuration, target epoch) of a job, from its document."""
-    if kind == "step":
-        return str(document.config_id), document.fidelity_to
-    name, _, to = document.step.rpartition("-f")
-    return (name, int(to)) if name and to.isdigit() else (document.step or kind, 1)
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from qtt_core.errors import Fault
 from qtt_core.jobs import JobDocument
 from qtt_core.ledger.events import Open, to_fields
+from qtt_core.plan import CreateJob
 from qtt_core.spec import TuningRun
 from qtt_core.spec_rules import is_device
 from qtt_operator.names import (
@@ -56,12 +57,10 @@ class RunObject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRequest:
-    """One Job: the planner's kind, the decision it belongs to and the trainer's document."""
+    """One Job: the planner's order, the trainer's document and the decision behind both."""
 
-    kind: str
+    job: CreateJob
     name: str
-    c: str
-    to: int
     document: JobDocument
     opened: Open | None
     epoch: int
@@ -185,7 +184,7 @@ def build_pod_spec(owner: RunObject, request: JobRequest, settings: OperatorSett
     """The pod of a Job, merged from all four sources."""
     template = owner.run.spec.template.get("spec") or {}
     pod = merge(merge(_built_in_pod(settings), settings.pod_defaults), template)
-    if request.kind != "step":
+    if request.job.kind != "step":
         _without_devices(pod)
     pod = merge(pod, _owned_pod(owner, request, settings))
     trainer = _container(pod, TRAINER)
@@ -233,7 +232,7 @@ def _owned_pod(owner: RunObject, request: JobRequest, settings: OperatorSettings
         "containers": [
             {
                 "name": TRAINER,
-                "args": [request.kind],
+                "args": [request.job.kind],
                 "env": [{"name": "QTT_STEP", "value": document}],
                 "terminationMessagePath": "/dev/termination-log",
                 "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -333,12 +332,12 @@ _MANAGED = {
 def _labels(owner: RunObject, request: JobRequest) -> dict[str, str]:
     return {
         **_MANAGED,
-        COMPONENT_LABEL: request.kind,
+        COMPONENT_LABEL: request.job.kind,
         RUN_LABEL: owner.run.name,
         RUN_UID_LABEL: owner.uid,
-        CONFIG_LABEL: request.c,
-        FIDELITY_LABEL: str(request.to),
-        ATTEMPT_LABEL: str(request.document.attempt),
+        CONFIG_LABEL: request.job.c,
+        FIDELITY_LABEL: str(request.job.to),
+        ATTEMPT_LABEL: str(request.job.attempt),
     }
 
 

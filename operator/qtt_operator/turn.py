@@ -77,8 +77,8 @@ class Backend(Protocol):
     async def observe(self) -> p.Observed:
         """Every job this back end knows of for the run, ended ones included until `forget`."""
 
-    async def create(self, kind: str, job: str, document: JobDocument) -> None:
-        """Start a job (kind: prepare, step, evaluate); an existing job of that name is adopted."""
+    async def create(self, job: p.CreateJob, name: str, document: JobDocument) -> None:
+        """Start an attempt as the planner ordered it; a job of that name is adopted."""
 
     async def kill(self, job: str, reason: str) -> None:
         """End a job now; it is observed as ended with this reason."""
@@ -293,7 +293,7 @@ async def _create(context: RunContext, action: p.CreateJob) -> None:
     gc = context.garbage(context, action.c) if action.c.isdigit() else ()
     document = job_document(context.run, action, context.state, config, gc)
     name = context.job_name(action.c, action.to, action.attempt)
-    await context.backend.create(action.kind, name, document)
+    await context.backend.create(action, name, document)
 
 
 # --- the optimizer: one call at a time, its answer is input of a later turn ---------------------

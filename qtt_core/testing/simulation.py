@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from qtt_core.jobs import JobDocument
-from qtt_core.plan import JobEnd, JobPhase, Observed, ObservedJob
+from qtt_core.plan import CreateJob, JobEnd, JobPhase, Observed, ObservedJob
 from qtt_core.results import Epoch, State, StepResult
 from qtt_core.steps import digest
 
@@ -55,15 +55,14 @@ class SimulatedBackend:
         jobs = tuple(self.jobs[name] for name in sorted(self.jobs))
         return Observed(jobs=jobs, synced_at=self.clock.now, devices=self.devices)
 
-    async def create(self, kind: str, job: str, document: JobDocument) -> None:
+    async def create(self, job: CreateJob, name: str, document: JobDocument) -> None:
         """Start a job; one of that name is adopted."""
-        if job in self.jobs:
+        if name in self.jobs:
             return
-        c = str(document.config_id) if document.config_id >= 0 else kind
-        self.documents[job] = document
-        self.started.append(job)
-        self.jobs[job] = ObservedJob(
-            name=job, kind=kind, c=c, to=document.fidelity_to or 1, attempt=document.attempt,
+        self.documents[name] = document
+        self.started.append(name)
+        self.jobs[name] = ObservedJob(
+            name=name, kind=job.kind, c=job.c, to=job.to, attempt=job.attempt,
             phase=JobPhase.RUNNING, created_at=self.clock.now, started_at=self.clock.now,
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ import pytest
 
 from qtt_core.jobs import JobDocument, Limits, Paths, Task, parse_job
 from qtt_core.ledger.events import Open
+from qtt_core.plan import CreateJob
 from qtt_core.spec import parse_manifest
 from qtt_operator.manifests import (
     JobRequest,
@@ -51,9 +52,10 @@ def owner(**spec: Any) -> RunObject:
 
 
 def request(kind: str = "step") -> JobRequest:
-    return JobRequest(
-        kind=kind, name="birds-c12-f3-a2", c="12", to=3, document=DOCUMENT, opened=OPEN, epoch=4
+    job = CreateJob(
+        kind=kind, c="12", frm=2, to=3, attempt=2, decision=OPEN.h, timeout_seconds=2400.0
     )
+    return JobRequest(job=job, name="birds-c12-f3-a2", document=DOCUMENT, opened=OPEN, epoch=4)
 
 
 def rendered(kind: str = "step", settings: OperatorSettings = SETTINGS, **spec: Any) -> Any:

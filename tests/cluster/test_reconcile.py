@@ -387,6 +387,7 @@ def test_metrics_tell_what_the_ledger_tells(redis_store: EmbeddedStore) -> None:
 
     async def scenario(cluster: FakeCluster, operator: FakeOperator) -> None:
         await complete(cluster, operator)
+        await operator.until(lambda: not operator.reconciler.active)
         texts.append(operator.metrics.text().decode())
 
     play(redis_store, scenario)

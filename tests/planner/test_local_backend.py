@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qtt_core.jobs import JobDocument, Paths, Task
-from qtt_core.planner import JobPhase
+from qtt_core.plan import CreateJob, JobPhase
 from qtt_core.steps import METRICS
 from qtt_operator.devices import make_slots
 from qtt_operator.local_backend import LocalBackend
@@ -37,6 +37,15 @@ def document(config_id=1, to=1, attempt=0, **config):
         fidelity_to=to,
         max_fidelity=9,
     )
+
+
+async def create(back, name, doc):
+    """Start a step, as a turn does."""
+    order = CreateJob(
+        kind="step", c=str(doc.config_id), frm=doc.fidelity_from, to=doc.fidelity_to,
+        attempt=doc.attempt, decision="h", timeout_seconds=900.0,
+    )  # fmt: skip
+    await back.create(order, name, doc)
 
 
 async def until(back, condition):
@@ -81,7 +90,7 @@ def drive(tmp_path, scenario, devices=("cpu",), **options):
 
 def test_a_job_runs_on_its_slot_and_stays_listed_until_forgotten(tmp_path):
     async def scenario(back):
-        await back.create("step", "r-c1-f1-a0", document())
+        await create(back, "r-c1-f1-a0", document())
 
         job = (await until(back, ended("r-c1-f1-a0")))["r-c1-f1-a0"]
 
@@ -97,8 +106,8 @@ def test_a_job_runs_on_its_slot_and_stays_listed_until_forgotten(tmp_path):
 
 def test_creating_a_job_again_adopts_the_one_that_exists(tmp_path):
     async def scenario(back):
-        await back.create("step", "j", document(seconds=0))
-        await back.create("step", "j", document(act="crash"))
+        await create(back, "j", document(seconds=0))
+        await create(back, "j", document(act="crash"))
 
         jobs = await until(back, ended("j"))
 
@@ -111,7 +120,7 @@ def test_creating_a_job_again_adopts_the_one_that_exists(tmp_path):
 def test_jobs_beyond_the_slots_wait_in_order(tmp_path):
     async def scenario(back):
         for n in (1, 2, 3):
-            await back.create("step", f"j{n}", document(n, act="sleep"))
+            await create(back, f"j{n}", document(n, act="sleep"))
 
         jobs = await until(back, lambda js: running("j1")(js) and running("j2")(js))
 
@@ -123,39 +132,13 @@ def test_jobs_beyond_the_slots_wait_in_order(tmp_path):
     drive(tmp_path, scenario, devices=("cpu", "cpu"))
 
 
-def test_prepare_and_evaluation_are_named_as_in_the_ledger(tmp_path):
-    async def scenario(back):
-        named = [
-            ("prepare", "prepare-f2", ("prepare", 2)),
-            ("evaluate", "eval-ab12-f1", ("eval-ab12", 1)),
-        ]
-        for kind, step, _ in named:
-            doc = JobDocument(
-                run_uid="u1",
-                attempt=0,
-                nonce="n",
-                task=Task(data="/d"),
-                paths=Paths(root="/r"),
-                step=step,
-            )
-            await back.create(kind, step, doc)
-
-        jobs = await until(back, lambda js: all(ended(step)(js) for _, step, _ in named))
-
-        assert [(jobs[step].c, jobs[step].to) for _, step, _ in named] == [
-            want for *_, want in named
-        ]
-
-    drive(tmp_path, scenario)
-
-
 @pytest.mark.parametrize(
     ("act", "code", "number"),
     [("polite", 75, None), ("sleep", None, signal.SIGTERM), ("stubborn", None, signal.SIGKILL)],
 )
 def test_a_killed_job_ends_with_the_given_reason_whatever_it_does(tmp_path, act, code, number):
     async def scenario(back):
-        await back.create("step", "j", document(act=act))
+        await create(back, "j", document(act=act))
         await progress_of(back)
 
         await back.kill("j", "DeadlineExceeded")
@@ -166,7 +149,7 @@ def test_a_killed_job_ends_with_the_given_reason_whatever_it_does(tmp_path, act,
             code,
             number,
         )
-        await back.create("step", "next", document())
+        await create(back, "next", document())
         assert (await until(back, ended("next")))["next"].end.exit_code == 0
 
     drive(tmp_path, scenario, grace_seconds=0.3)
@@ -174,9 +157,9 @@ def test_a_killed_job_ends_with_the_given_reason_whatever_it_does(tmp_path, act,
 
 def test_a_queued_job_can_be_killed_before_it_begins(tmp_path):
     async def scenario(back):
-        await back.create("step", "j1", document(act="sleep"))
+        await create(back, "j1", document(act="sleep"))
         await until(back, running("j1"))
-        await back.create("step", "j2", document(2))
+        await create(back, "j2", document(2))
 
         await back.kill("j2", "Stopped")
 
@@ -188,7 +171,7 @@ def test_a_queued_job_can_be_killed_before_it_begins(tmp_path):
 
 def test_a_dead_parent_ends_its_job_and_the_next_job_gets_a_new_parent(tmp_path):
     async def scenario(back):
-        await back.create("step", "j1", document(act="kill-parent"))
+        await create(back, "j1", document(act="kill-parent"))
         job = (await until(back, running("j1")))["j1"]
         pid = json.loads((tmp_path / "processes.json").read_text())[-1]
 
@@ -196,7 +179,7 @@ def test_a_dead_parent_ends_its_job_and_the_next_job_gets_a_new_parent(tmp_path)
 
         assert (job.end.exit_code, job.end.reason) == (None, "ServeDied")
         assert not is_same(*pid), "the job's own process outlived its parent"
-        await back.create("step", "j2", document(2))
+        await create(back, "j2", document(2))
         assert (await until(back, ended("j2")))["j2"].end.exit_code == 0
 
     drive(tmp_path, scenario)
@@ -206,7 +189,7 @@ def test_a_parent_that_cannot_start_says_why(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_SERVE_BROKEN", "1")
 
     async def scenario(back):
-        await back.create("step", "j", document())
+        await create(back, "j", document())
 
         end = (await until(back, ended("j")))["j"].end
 
@@ -218,7 +201,7 @@ def test_a_parent_that_cannot_start_says_why(tmp_path, monkeypatch):
 
 def test_a_job_killed_by_the_kernel_keeps_its_signal(tmp_path):
     async def scenario(back):
-        await back.create("step", "j", document(act="crash"))
+        await create(back, "j", document(act="crash"))
 
         end = (await until(back, ended("j")))["j"].end
 
