@@ -7,7 +7,7 @@ inside one call; what comes out is frozen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from qtt_core.errors import LedgerError
@@ -65,6 +65,38 @@ class OpenEntry:
     """Device-seconds of those attempts."""
 
 
+class StepKeys(Set[tuple[str, int]]):
+    """(c, absolute target epoch) of every committed step, grouped by c.
+
+    A run of 10^5 steps adds to it with every result: a changed one shares all but the sets of the
+    configurations that were added to.
+    """
+
+    __slots__ = ("_targets",)
+
+    def __init__(self, keys: Iterable[tuple[str, int]] = ()) -> None:
+        self._targets: dict[str, frozenset[int]] = {}
+        if isinstance(keys, StepKeys):
+            self._targets = dict(keys._targets)
+        else:
+            for c, to in keys:
+                self.add(c, (to,))
+
+    def add(self, c: str, targets: Iterable[int]) -> None:
+        """Add to a set that nobody else sees yet."""
+        self._targets[c] = self._targets.get(c, frozenset()).union(targets)
+
+    def __contains__(self, key: object) -> bool:
+        c, to = key if isinstance(key, tuple) else (None, None)
+        return to in self._targets.get(c, ())
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return ((c, to) for c, targets in self._targets.items() for to in targets)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._targets.values()))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerState:
     """Everything the planner may know about a run's past."""
@@ -78,7 +110,7 @@ class LedgerState:
     open: Mapping[str, OpenEntry] = field(default_factory=dict)
     heads: Mapping[str, int] = field(default_factory=dict)
     """Config id -> highest committed epoch. Pseudo-configurations are not listed."""
-    step_keys: frozenset[tuple[str, int]] = frozenset()
+    step_keys: Set[tuple[str, int]] = frozenset()
     """(config or pseudo-configuration, absolute target epoch) of every committed step."""
     attempts: Mapping[tuple[str, int], int] = field(default_factory=dict)
     """(c, target epoch) of cancelled decisions -> the first attempt number not used yet."""
@@ -91,6 +123,9 @@ class LedgerState:
     """Jobs that ended with a result: `done` and `fail` events."""
     charged_seconds: float = 0.0
     overhead_seconds: float = 0.0
+    """Of the charged ones: of attempts with a result, neither training nor evaluation."""
+    wasted_seconds: float = 0.0
+    """Of the charged ones: of attempts without a result."""
     queue_seconds: float = 0.0
     infra_retries: int = 0
     cancelled_in_a_row: int = 0
@@ -142,7 +177,7 @@ class _Folder:
         self.closed = state.closed
         self.open = dict(state.open)
         self.heads = dict(state.heads)
-        self.step_keys = set(state.step_keys)
+        self.step_keys = StepKeys(state.step_keys)
         self.attempts = dict(state.attempts)
         self.retired = set(state.retired)
         self.failed = dict(state.failed)
@@ -150,6 +185,7 @@ class _Folder:
         self.charged, self.overhead, self.queue = (
             state.charged_seconds, state.overhead_seconds, state.queue_seconds,
         )  # fmt: skip
+        self.wasted = state.wasted_seconds
         self.infra_retries = state.infra_retries
         self.cancelled, self.invalid = state.cancelled_in_a_row, state.invalid_in_a_row
         self.bugs = state.bugs_in_a_row
@@ -176,12 +212,12 @@ class _Folder:
         return LedgerState(
             last_id=self.last_id, epoch=self.epoch, run=self.run, prepared=self.prepared,
             weights=self.weights, closed=self.closed, open=self.open, heads=self.heads,
-            step_keys=frozenset(self.step_keys), attempts=self.attempts,
+            step_keys=self.step_keys, attempts=self.attempts,
             dataset_changed=self.dataset_changed, recheck=self.recheck,
             bad_nodes=self.bad_nodes, retired=frozenset(self.retired),
             failed=self.failed, steps=self.steps, results=self.results,
             charged_seconds=self.charged, overhead_seconds=self.overhead,
-            queue_seconds=self.queue, infra_retries=self.infra_retries,
+            wasted_seconds=self.wasted, queue_seconds=self.queue, infra_retries=self.infra_retries,
             cancelled_in_a_row=self.cancelled, invalid_in_a_row=self.invalid,
             bugs_in_a_row=self.bugs, notes=tuple(self.notes), last_end=self.last_end,
             first_time=self.first_time,
@@ -213,7 +249,7 @@ class _Folder:
     def on_done(self, event: Done) -> None:
         entry = self._end(event)
         c = event.c
-        self.step_keys.update((c, to) for to in step_targets(entry.frm, entry.to, self.step))
+        self.step_keys.add(c, step_targets(entry.frm, entry.to, self.step))
         self.steps += event.steps(entry.frm, self.step)
         if event.last_epoch is not None:
             self.heads[c] = max(self.heads.get(c, 0), event.last_epoch)
@@ -224,7 +260,7 @@ class _Folder:
 
     def on_fail(self, event: Fail) -> None:
         self._end(event)
-        self.step_keys.add((event.c, event.to))
+        self.step_keys.add(event.c, (event.to,))
         self.steps += 1
         self.failed[event.c] = event.state
         self.results += 1
@@ -309,13 +345,14 @@ class _Folder:
     def _close_pseudo(self, stream_id: str, c: str, to: int, attempt: int) -> None:
         self._entry(stream_id, c, to, attempt)
         del self.open[c]
-        self.step_keys.add((c, to))
+        self.step_keys.add(c, (to,))
 
     def _charge(self, event: Done | Fail | Retry | Cancel) -> None:
         self.last_end = event.time or self.last_end
         if is_charged(event.c):
             self.charged += event.dev
             self.overhead += event.ov
+            self.wasted += 0.0 if isinstance(event, Done) else event.dev
             self.queue += event.q
 
 
