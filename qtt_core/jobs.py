@@ -101,6 +101,10 @@ class JobDocument:
     device: str = "auto"
     """`auto`, `cpu`, or `cuda:N`."""
     gc: tuple[str, ...] = ()
+    """Relative paths to delete (`step`, `garbage`); "." in `garbage` is the whole run."""
+    # recovery
+    known: Mapping[str, int] = field(default_factory=dict)
+    """Config id -> newest epoch that the ledger has; `recovery` tells what lies behind it."""
     # prepare
     cards: tuple[Mapping[str, Any], ...] = ()
     # evaluate, export
@@ -112,7 +116,7 @@ class JobDocument:
 
 
 def parse_job(raw: object, *, command: str) -> JobDocument:
-    """Read a job document for `prepare`, `step`, `evaluate` or `export`.
+    """Read a job document for any command of the trainer.
 
     Raises: SpecError with every fault: unknown keys, wrong types, paths that leave the run, epochs
     out of order, more than 150 epochs.
@@ -144,6 +148,7 @@ def parse_job(raw: object, *, command: str) -> JobDocument:
         seed=top.integer("seed", low=0),
         device=top.text("device", "auto", pattern=r"auto|cpu|cuda(:[0-9]+)?"),
         gc=_relative(top, "gc", longest=10_000),
+        known=_known(top),
         cards=tuple(c for c in top.items("cards", longest=256) if isinstance(c, Mapping)),
         checkpoints=_relative(top, "checkpoints", longest=50),
     )
@@ -177,6 +182,14 @@ def _config(top: Fields) -> Config:
         if value is not None and not isinstance(value, str | int | float | bool):
             top.fault(f"config.{name}", value, "use a JSON scalar")
     return config  # type: ignore[return-value]  # checked above
+
+
+def _known(top: Fields) -> Mapping[str, int]:
+    known = top.mapping("known")
+    for c, epoch in known.items():
+        if not c.isdecimal() or type(epoch) is not int or epoch < 0:
+            top.fault(f"known.{c}", epoch, "use a config id and its newest epoch")
+    return known  # type: ignore[return-value]  # checked above
 
 
 def _task(fields: Fields) -> Task:

@@ -79,7 +79,8 @@ class Epoch:
 class StepResult:
     """The termination message of a trainer process, for every command.
 
-    `epochs` is filled by `step`; `prepared` by `prepare`; `scores` by `evaluate`.
+    `epochs` is filled by `step`; `prepared` by `prepare`; `scores` by `evaluate`; `recovered` by
+    `recovery`, with the number of configurations that did not fit in `more`.
     """
 
     attempt: int
@@ -99,6 +100,8 @@ class StepResult:
     warnings: tuple[str, ...] = ()
     prepared: Mapping[str, Any] | None = None
     scores: tuple[Mapping[str, Any], ...] = ()
+    recovered: tuple[Mapping[str, Any], ...] = ()
+    more: int = 0
 
     def encode(self) -> str:
         """Compact JSON of at most 4096 bytes; a long reason or warning is cut, never an epoch."""
@@ -133,6 +136,8 @@ class StepResult:
                 ("warnings", [text[:reason_limit] for text in self.warnings[:5]]),
                 ("prepared", self.prepared),
                 ("scores", list(self.scores)),
+                ("recovered", list(self.recovered)),
+                ("more", self.more),
             )
             if value
         }
@@ -173,6 +178,8 @@ class StepResult:
                 warnings=tuple(str(text) for text in raw.get("warnings", ())),
                 prepared=raw.get("prepared"),
                 scores=tuple(raw.get("scores", ())),
+                recovered=tuple(raw.get("recovered", ())),
+                more=int(raw.get("more", 0)),
             )
         except MessageError:
             raise

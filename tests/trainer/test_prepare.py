@@ -490,6 +490,25 @@ def test_a_copy_with_new_times_is_the_same_data_set(data, tmp_path):
     quick_check(manifest, data)
 
 
+def test_a_volume_that_prepare_never_saw_gets_the_same_class_map(data, tmp_path):
+    """A volume of a configuration's own: its first step describes the data set again."""
+    from qtt_trainer.work import check_dataset
+
+    shutil.rmtree(data / "val")
+    _, manifest = prepared(data, tmp_path, auto_split=0.25)
+    job = job_for(data, tmp_path / "other", auto_split=0.25, fingerprint=manifest.fingerprint)
+    run_dir = tmp_path / "other/state/runs/run-1"
+
+    made, read = check_dataset(job, run_dir), check_dataset(job, run_dir)
+
+    assert (made.class_names, made.splits) == (manifest.class_names, manifest.splits)
+    assert (made.fingerprint, made.quick) == (manifest.fingerprint, manifest.quick)
+    assert made.digest == read.digest
+    changed = replace(job, task=replace(job.task, fingerprint="f" * 64))
+    with pytest.raises(DatasetChangedError):
+        check_dataset(changed, tmp_path / "third/state/runs/run-1")
+
+
 def test_another_fingerprint_than_the_jobs_is_a_changed_data_set(data, tmp_path):
     _, manifest = prepared(data, tmp_path)
     (data / "train/0/000.png").unlink()

@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
         ("prepare", "read a data set once: class map, fingerprint, metafeatures"),
         ("step", "train one configuration up to an epoch and commit the checkpoint"),
         ("evaluate", "score checkpoints on a split that the search never saw"),
+        ("garbage", "delete the listed folders of a run"),
+        ("recovery", "tell the results on a volume that the ledger has lost"),
     ):
         command = commands.add_parser(name, help=meaning, description=meaning)
         command.add_argument(

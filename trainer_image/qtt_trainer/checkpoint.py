@@ -275,7 +275,7 @@ def clean_up(folder: ConfigFolder, fidelity: int, attempt: int, nonce: str) -> N
         volume.remove_tree(path)
 
 
-def collect_garbage(run: Path, paths: Sequence[str], *, keep: Path) -> list[str]:
+def collect_garbage(run: Path, paths: Sequence[str], *, keep: Path | None = None) -> list[str]:
     """Delete relative paths inside the run; returns a warning for each that was refused.
 
     Refused are the run itself, what a link leads out of it, and the folders around `keep`.
@@ -285,7 +285,8 @@ def collect_garbage(run: Path, paths: Sequence[str], *, keep: Path) -> list[str]
     for relative in paths:
         path = root / relative
         inside = path.parent.resolve().is_relative_to(root) and path != root
-        if not inside or (keep.resolve().is_relative_to(path.resolve())):
+        used = keep is not None and keep.resolve().is_relative_to(path.resolve())
+        if not inside or used:
             warnings.append(f"gc: {relative} was not deleted: outside the run or in use")
         else:
             volume.remove_tree(path)

@@ -89,8 +89,31 @@ def prepare(job: JobDocument) -> tuple[DatasetManifest, dict[str, float]]:
     Raises: BadDataError with every fault found; DatasetChangedError if the job names another
     fingerprint; DataUnreachableError; OSError if the manifest cannot be written.
     """
-    root = Path(job.task.data)
     clock = _Clock()
+    manifest, assignment, verified = _read(job, clock)
+    manifest = _measured(job, manifest, assignment, verified)
+    clock.lap("metafeatures")
+    return _saved(job, manifest), clock.laps
+
+
+def describe_again(job: JobDocument) -> DatasetManifest:
+    """The manifest once more, without metafeatures, for a volume that `prepare` did not see.
+
+    Class map, splits and left-out files follow from the images, the job and its seed alone.
+    Raises: as `prepare` does; DatasetChangedError unless the fingerprint is the job's.
+    """
+    manifest, _, _ = _read(job, _Clock())
+    return _saved(job, manifest)
+
+
+def _saved(job: JobDocument, manifest: DatasetManifest) -> DatasetManifest:
+    run_dir = Path(job.paths.root) / "runs" / job.run_uid
+    return replace(manifest, digest=save_manifest(manifest, run_dir, job.task.class_map))
+
+
+def _read(job: JobDocument, clock: _Clock) -> tuple[DatasetManifest, Assignment, Verified]:
+    """Scan and verify; the manifest lacks what is measured on images."""
+    root = Path(job.task.data)
     found = scan(job, root)
     clock.lap("scan")
     verified = verify_files(root, found.files, threads=job.limits.threads)
@@ -110,11 +133,17 @@ def prepare(job: JobDocument) -> tuple[DatasetManifest, dict[str, float]]:
         seed=job.seed,
     )
     clock.lap("verify")
-    manifest = _describe(job, root, found, verified, assignment, mark)
-    clock.lap("metafeatures")
-    run_dir = Path(job.paths.root) / "runs" / job.run_uid
-    digest = save_manifest(manifest, run_dir, job.task.class_map)
-    return replace(manifest, digest=digest), clock.laps
+    manifest = DatasetManifest(
+        class_names=assignment.class_names,
+        splits=assignment.splits,
+        fingerprint=mark,
+        quick=QuickFacts.of(found.files),
+        excluded=verified.faults,
+        auto_split=assignment.auto_split,
+        val_missing_classes=assignment.val_missing_classes,
+        channels=job.task.in_chans,
+    )
+    return manifest, assignment, verified
 
 
 def scan(job: JobDocument, root: Path) -> Found:
@@ -175,27 +204,16 @@ def summary(manifest: DatasetManifest, lacking: Sequence[str]) -> dict[str, Any]
     return facts
 
 
-def _describe(
-    job: JobDocument,
-    root: Path,
-    found: Found,
-    verified: Verified,
-    assignment: Assignment,
-    mark: str,
+def _measured(
+    job: JobDocument, manifest: DatasetManifest, assignment: Assignment, verified: Verified
 ) -> DatasetManifest:
+    root = Path(job.task.data)
     measured = metafeatures.measure(assignment, verified.images, root, channels=job.task.in_chans)
     probes, model = _landmarkers(job, root, assignment)
     measured |= probes
     measured |= {name: float(value) for name, value in job.task.metafeatures.items()}
-    return DatasetManifest(
-        class_names=assignment.class_names,
-        splits=assignment.splits,
-        fingerprint=mark,
-        quick=QuickFacts.of(found.files),
-        excluded=verified.faults,
-        auto_split=assignment.auto_split,
-        val_missing_classes=assignment.val_missing_classes,
-        channels=job.task.in_chans,
+    return replace(
+        manifest,
         metafeatures=measured,
         metafeatures_version=metafeatures.VERSION,
         landmarker_model=model,

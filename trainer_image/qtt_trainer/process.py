@@ -28,6 +28,8 @@ from qtt_trainer.report import Header, Report
 log = logging.getLogger(__name__)
 
 COMMANDS = ("prepare", "step", "evaluate")
+CHORES = ("garbage", "recovery")
+"""Commands that leave neither log nor result on the volume: the message says everything."""
 _RUN_UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -68,7 +70,8 @@ def locate(command: str, raw: object) -> Attempt:
     folder = None
     usable = isinstance(root, str) and root and "\0" not in root
     named = isinstance(uid, str) and _RUN_UID.fullmatch(uid)
-    if usable and named and (command != "step" or header.config_id >= 0):
+    lasting = command not in CHORES and (command != "step" or header.config_id >= 0)
+    if usable and named and lasting:
         folder = layout.attempt_folder(
             layout.run_folder(str(root), str(uid)),
             command,
@@ -137,6 +140,11 @@ def _run(command: str, raw: object, context: Context) -> Report:
         from qtt_trainer import prepare
 
         return _from_message(job, prepare.run(job))
+    if command in CHORES:
+        context.stop.nothing_to_save = True
+        from qtt_trainer import garbage, recovery
+
+        return garbage.run(job) if command == "garbage" else recovery.run(job)
     if not job.task.split:
         raise SpecError([Fault("job.task.split", "", "name the split to score, such as test")])
     from qtt_trainer import evaluate

@@ -35,6 +35,7 @@ from qtt_trainer.mixing import plan_targets
 from qtt_trainer.model import BuildRequest, BuiltModel
 from qtt_trainer.penalties import load_relationship, relationship, store_relationship
 from qtt_trainer.precision import Precision, choose_precision, loader_workers, set_up_process
+from qtt_trainer.prepare import describe_again
 from qtt_trainer.report import Header, Progress
 from qtt_trainer.session import Session, SessionRequest, assemble
 from qtt_trainer.transforms import UPSTREAM_SPACES, build_transforms
@@ -130,7 +131,12 @@ def prepare_work(job: JobDocument, config: Config, context: Context) -> Work:
 
 
 def check_dataset(job: JobDocument, run_dir: Path) -> DatasetManifest:
-    """The run's class map, after the quick check. Raises: DatasetChangedError."""
+    """The run's class map, after the quick check. Raises: DatasetChangedError.
+
+    A volume of this configuration's own has none before its first step: it is made again there.
+    """
+    if job.task.fingerprint and not (run_dir / job.task.class_map).exists():
+        return describe_again(job)
     manifest = load_manifest(run_dir, job.task.class_map)
     if job.task.fingerprint not in {"", manifest.fingerprint}:
         raise DatasetChangedError(
