@@ -7,7 +7,8 @@ A gap that was trained again appears once: an epoch counts with the score commit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -93,6 +94,8 @@ class ConfigHistory:
     """SHA-256 of the newest committed checkpoint."""
     checkpoint_epoch: int = 0
     checkpoint_bytes: int = 0
+    saved: tuple[tuple[int, float], ...] = ()
+    """(epoch, its score) of every committed checkpoint, oldest first."""
     gpu: str = ""
     memory_mb: int = 0
     effective_batch: int | None = None
@@ -124,6 +127,12 @@ class ConfigHistory:
         """Training and evaluation seconds of the committed epochs: what the optimizer was told."""
         return sum(self.seconds)
 
+    @property
+    def rank(self) -> tuple[float, float, int] | None:
+        """Sorts the best first: by score, then by fewer seconds, then by id; None: no score."""
+        best = self.best_score
+        return None if best is None else (-best, self.trained_seconds, self.config_id)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
@@ -144,18 +153,79 @@ def histories(events: Iterable[Event], configs: Mapping[str, Config]) -> dict[in
 
     Raises: LedgerError if a configuration was opened but is not in `configs`.
     """
-    drafts: dict[str, _Draft] = {}
-    step, full = 1, None
-    for event in events:
-        if isinstance(event, Run):
-            step, full = step_epochs(event), _full_fidelity(event)
-        elif isinstance(event, Open) and not is_pseudo(event.c):
-            if event.c not in drafts:
-                drafts[event.c] = _Draft(event, _config_of(event.c, configs))
-            drafts[event.c].on_open(event)
-        elif isinstance(event, Done | Fail | Retry | Cancel) and not is_pseudo(event.c):
-            drafts[event.c].on_end(event, step, full)
-    return {draft.config_id: draft.freeze() for draft in drafts.values()}
+    records = Histories()
+    records.take(events, configs)
+    return dict(records)
+
+
+class Histories(Mapping[int, ConfigHistory]):
+    """The records of a growing stream: what is taken costs the same however much was taken before.
+
+    Keeps what the status and the garbage of checkpoints ask between two events.
+    """
+
+    def __init__(self) -> None:
+        self._drafts: dict[str, _Draft] = {}
+        self._records: dict[int, ConfigHistory] = {}
+        self._order: list[tuple[float, float, int]] = []
+        self._step = 1
+        self._full: int | None = None
+        self.closed = 0
+        """Configurations that can never be continued."""
+        self.checkpoint_bytes = 0
+        """Size of the newest checkpoint of every configuration."""
+
+    def take(self, events: Iterable[Event], configs: Mapping[str, Config]) -> None:
+        """Add the events that follow those taken so far.
+
+        Raises: LedgerError if a configuration was opened but is not in `configs`.
+        """
+        changed: dict[str, _Draft] = {}
+        for event in events:
+            if isinstance(event, Run):
+                self._step, self._full = step_epochs(event), _full_fidelity(event)
+            elif isinstance(event, Open) and not is_pseudo(event.c):
+                if event.c not in self._drafts:
+                    self._drafts[event.c] = _Draft(event, _config_of(event.c, configs))
+                changed[event.c] = self._drafts[event.c]
+                changed[event.c].on_open(event)
+            elif isinstance(event, Done | Fail | Retry | Cancel) and not is_pseudo(event.c):
+                changed[event.c] = self._drafts[event.c]
+                changed[event.c].on_end(event, self._step, self._full)
+        for draft in changed.values():
+            self._replace(self._records.get(draft.config_id), draft.freeze())
+
+    def best(self, count: int) -> list[ConfigHistory]:
+        """The best configurations: by score, then by fewer seconds, then by id."""
+        return [self._records[config_id] for _, _, config_id in self._order[:count]]
+
+    def _replace(self, old: ConfigHistory | None, new: ConfigHistory) -> None:
+        if old is not None:
+            self.closed -= old.standing.is_closed
+            self.checkpoint_bytes -= old.checkpoint_bytes
+            if old.rank is not None:
+                del self._order[bisect_left(self._order, old.rank)]
+        self.closed += new.standing.is_closed
+        self.checkpoint_bytes += new.checkpoint_bytes
+        if new.rank is not None:
+            insort(self._order, new.rank)
+        self._records[new.config_id] = new
+
+    def __getitem__(self, config_id: int) -> ConfigHistory:
+        return self._records[config_id]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
+def closed_configs(histories: Mapping[int, ConfigHistory]) -> int:
+    """Configurations that can never be continued."""
+    if isinstance(histories, Histories):
+        return histories.closed
+    return sum(past.standing.is_closed for past in histories.values())
 
 
 def optimizer_events(
@@ -236,6 +306,7 @@ class _Draft:
         self.charged = self.overhead = self.queue = self.ended_at = 0.0
         self.steps = self.attempts = 0
         self.retries: list[str] = []
+        self.saved: list[tuple[int, float]] = []
         self.reason = ""
         self.facts: dict[str, Any] = {"opened_id": event.id, "opened_at": event.time}
 
@@ -269,6 +340,8 @@ class _Draft:
     def _on_done(self, event: Done, step: int, full: int | None) -> None:
         self.steps += event.steps(self.last_open.frm, step)
         self.curve += _new_epochs(event, self.head)
+        if event.state == Outcome.OK and event.epochs:
+            self.saved.append((event.to, event.epochs[-1][1]))
         self._facts(event)
         if event.ck:
             self.facts |= {
@@ -298,6 +371,7 @@ class _Draft:
             seconds=tuple(seconds for _, _, seconds in self.curve),
             charged_seconds=self.charged, overhead_seconds=self.overhead, queue_seconds=self.queue,
             steps=self.steps, attempts=self.attempts, retries=tuple(self.retries),
+            saved=tuple(self.saved),
             reason=self.reason, why=_why(self.last_open), target=self.last_open.to,
             expected_seconds=self.last_open.res, ended_at=self.ended_at, **self.facts,
         )  # fmt: skip

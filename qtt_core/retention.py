@@ -8,8 +8,9 @@ over, only what the policy names.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from heapq import nsmallest
 
-from qtt_core.history import ConfigHistory
+from qtt_core.history import ConfigHistory, Histories
 from qtt_core.ledger.events import Done, Event
 from qtt_core.results import State
 from qtt_core.steps import Recommendation
@@ -37,10 +38,12 @@ def best_checkpoint(
     return min(epochs, key=lambda epoch: (abs(epoch - target), -epoch))
 
 
-def ranked(histories: Mapping[int, ConfigHistory]) -> list[ConfigHistory]:
-    """Configurations with a score, best first; ties by fewer seconds, then by id."""
-    scored = [h for h in histories.values() if h.best_score is not None]
-    return sorted(scored, key=lambda h: (-(h.best_score or 0.0), h.trained_seconds, h.config_id))
+def ranked(histories: Mapping[int, ConfigHistory], count: int) -> list[ConfigHistory]:
+    """The best configurations with a score; ties by fewer seconds, then by id."""
+    if isinstance(histories, Histories):
+        return histories.best(count)
+    ranks = nsmallest(count, (h.rank for h in histories.values() if h.rank is not None))
+    return [histories[config_id] for _, _, config_id in ranks]
 
 
 def chosen(
@@ -59,7 +62,7 @@ def chosen(
         epoch = best_checkpoint(points.get(c, ()), histories[c], recommendation.fidelity)
         kept |= {(c, epoch)} if epoch is not None else set()
     if retention == "TopK":
-        for history in ranked(histories)[:top_k]:
+        for history in ranked(histories, top_k):
             epoch = best_checkpoint(points.get(history.config_id, ()), history)
             kept |= {(history.config_id, epoch)} if epoch is not None else set()
     return frozenset(kept)

@@ -6,17 +6,15 @@ Derived from the ledger alone; losing any of it costs nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qtt_core.errors import VolumeError
-from qtt_core.history import ConfigHistory, histories
+from qtt_core.history import Histories
 from qtt_core.plan import Phase, Plan
-from qtt_core.retention import chosen, committed, garbage
-from qtt_operator.report import best_checkpoint, checkpoints
+from qtt_core.retention import chosen, garbage
 from qtt_operator.run_folder import write_atomically
 from qtt_operator.status import build_status
 from qtt_operator.turn import RunContext
@@ -25,20 +23,21 @@ log = logging.getLogger(__name__)
 
 
 class Housekeeping:
-    """Caches what is folded from the events, since several readers ask between two events."""
+    """Keeps what is folded from the events, since several readers ask between two events."""
 
     def __init__(self, status_file: Path) -> None:
         self._status_file = status_file
-        self._folded_at = ""
-        self._histories: Mapping[int, ConfigHistory] = {}
+        self._folded = 0
+        self._histories = Histories()
         self._written: dict[str, Any] = {}
         self._failing = False
 
-    def histories(self, context: RunContext) -> Mapping[int, ConfigHistory]:
+    def histories(self, context: RunContext) -> Histories:
         """Every configuration's past, as of the last event read."""
-        if self._folded_at != context.state.last_id:
-            self._histories = histories(context.events, context.configs)
-            self._folded_at = context.state.last_id
+        fresh = context.events[self._folded :]
+        if fresh:
+            self._folded = len(context.events)
+            self._histories.take(fresh, context.configs)
         return self._histories
 
     def garbage(self, context: RunContext, c: str) -> tuple[str, ...]:
@@ -47,15 +46,18 @@ class Housekeeping:
         Beside what the policy names, every configuration keeps its best checkpoint (the
         leaderboard's) and its newest (it goes on from there).
         """
-        points = committed(context.events)
+        past, config_id = self.histories(context), int(c)
+        if config_id not in past:
+            return ()
         policy = context.run.spec.checkpoint
         retention, top_k = (policy.retention, policy.top_k) if policy else ("Incumbent", 3)
-        past = self.histories(context)
+        saved = past[config_id].saved
+        points = {config_id: tuple(epoch for epoch, _ in saved)}
         kept = set(chosen(retention, top_k, past, points, context.recommendation))
-        best = best_checkpoint(checkpoints(context.events).get(int(c), []))
+        best = max(saved, key=lambda point: (point[1], -point[0]), default=None)
         if best is not None:
-            kept.add((best.config_id, best.epoch))
-        return garbage(frozenset(kept), points, int(c))
+            kept.add((config_id, best[0]))
+        return garbage(frozenset(kept), points, config_id)
 
     def write_status(self, context: RunContext, plan: Plan) -> None:
         """Replace status.yaml if it changed; a full disk is reported once, the run goes on."""

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from qtt_core import plan as p
-from qtt_core.history import ConfigHistory
+from qtt_core.history import ConfigHistory, closed_configs
 from qtt_core.ledger.fold import LedgerState
 from qtt_core.retention import ranked
 from qtt_core.spec import RunSpec
@@ -44,7 +44,7 @@ def build_status(
         "jobs": _jobs(ledger, observed),
         "configs": {
             "started": len(histories),
-            "stopped": sum(1 for h in histories.values() if h.standing.is_closed),
+            "stopped": closed_configs(histories),
             "failed": len(ledger.failed),
         },
         "consumed": {
@@ -53,7 +53,7 @@ def build_status(
             "overheadSeconds": round(ledger.overhead_seconds),
             "queueSeconds": round(ledger.queue_seconds),
         },
-        "top": [_trial(h, spec.metric) for h in ranked(histories)[:TOP]],
+        "top": [_trial(h, spec.metric) for h in ranked(histories, TOP)],
         "specHash": identity.spec_hash[:12],
     }
     if ledger.first_time:
