@@ -18,7 +18,7 @@ pytestmark = pytest.mark.testbed
 
 RUN = "5f0c2a54-digits"
 MODEL = "mini_resnet"
-CODES = {"containerName": "trainer", "operator": "In", "values": [64, 65, 70, 75]}
+CODES = {"containerName": "trainer", "operator": "In", "values": [64, 65, 70]}
 POLICY = [
     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     {"action": "FailJob", "onExitCodes": CODES},
