@@ -13,15 +13,18 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from manifests import data_claim, namespace
+from manifests import claim, data_claim, namespace
 from real_cluster import Kube, RefusedError, Testbed, connect
+from tuning_runs import Run, simulated
 
 MakeNamespace = Callable[..., Kube]
+Simulate = Callable[..., Run]
 SYSTEM = "quicktune-system"
 
 
@@ -118,6 +121,17 @@ def operator(testbed: Testbed, root: Path, request: pytest.FixtureRequest) -> Ku
         system.kubectl("rollout", "status", workload, "--timeout=120s")
     request.node.stash.setdefault(NAMESPACES, []).append(system)
     return system
+
+
+@pytest.fixture
+def simulate(operator: Kube) -> Simulate:
+    """`simulate(kube, seconds=3, parallelism=2)` starts a run whose steps sleep so long."""
+
+    def start(kube: Kube, name: str = "sim", **fields: Any) -> Run:
+        kube.create(claim("data", "1Gi"), simulated(name, **fields))
+        return Run(kube=kube, system=operator, name=name)
+
+    return start
 
 
 @pytest.fixture(scope="session")

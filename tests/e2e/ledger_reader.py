@@ -34,6 +34,11 @@ def epochs_of(events: Iterable[Event]) -> dict[str, list[int]]:
     return told
 
 
+def ended_attempt(event: Event) -> int:
+    """The attempt that an event ended: a `retry` carries the next one."""
+    return int(event.get("a", "0")) - (event["k"] == "retry")
+
+
 def faults(events: list[dict[str, str]], max_steps: int) -> list[str]:
     """What broke of: nothing told twice, none lost, nothing charged twice, the budget kept.
 
@@ -45,7 +50,7 @@ def faults(events: list[dict[str, str]], max_steps: int) -> list[str]:
         if epochs != list(range(1, len(epochs) + 1)):
             found.append(f"configuration {c} was told epochs {epochs}")
     ends = Counter(
-        (e["c"], e["to"], e.get("a", "0"))
+        (e["c"], e["to"], ended_attempt(e))
         for e in of_kind(events, "done", "fail", "retry", "cancel")
     )
     found += [f"attempt {key} ended {count} times" for key, count in ends.items() if count > 1]
