@@ -24,8 +24,9 @@ from qtt_operator.cluster import Cluster, Object
 from qtt_operator.cluster_backend import ClusterBackend, Copies
 from qtt_operator.documents import RunContents, job_document, optimizer_setup
 from qtt_operator.housekeeping import Housekeeping
-from qtt_operator.manifests import RunObject, refused
 from qtt_operator.optimizer_share import OptimizerShare, SharedOptimizer
+from qtt_operator.owner import RunObject
+from qtt_operator.pod_rules import refused
 from qtt_operator.redis_ledger import RedisLedger
 from qtt_operator.references import places, resolve
 from qtt_operator.settings import OperatorSettings

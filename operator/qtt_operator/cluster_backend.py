@@ -19,16 +19,11 @@ from qtt_core.plan import CreateJob, JobEnd, JobPhase, Observed, ObservedJob
 from qtt_operator import job_ends
 from qtt_operator.cluster import CLAIMS, JOBS, PODS, Cluster, Object
 from qtt_operator.informer import Informers, run_uid, without
-from qtt_operator.manifests import (
-    JobRequest,
-    RunObject,
-    build_checkpoint_claim,
-    build_job,
-    build_pod,
-)
-from qtt_operator.names import (
-    DECISION_ANNOTATION,
-)
+from qtt_operator.claims import build_claim
+from qtt_operator.manifests import build_job, build_pod
+from qtt_operator.names import DECISION_ANNOTATION
+from qtt_operator.owner import RunObject
+from qtt_operator.pods import JobRequest
 from qtt_operator.settings import OperatorSettings
 
 log = logging.getLogger(__name__)
@@ -275,7 +270,7 @@ class ClusterBackend:
         self.wake_after(SOON_SECONDS)
 
     async def _make_claims(self) -> None:
-        claim = build_checkpoint_claim(self.owner, self.settings.checkpoint_defaults)
+        claim = build_claim(self.owner, self.settings.checkpoint_defaults)
         if claim is not None:
             try:
                 await self.cluster.create(CLAIMS, self.namespace, claim)

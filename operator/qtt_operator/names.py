@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 COMPLETE_REASONS = ("BudgetExhausted", "GoalReached", "GainExhausted", "SpaceExhausted", "Stopped")
 FAILED_REASONS = ("TooManyFailedConfigs", "BadData", "CheckpointVolumeLost", "StoreLost")
 
@@ -33,7 +35,18 @@ SEQUENCE_ANNOTATION, EPOCH_ANNOTATION = f"{GROUP}/seq", f"{GROUP}/epoch"
 TRAINER = "trainer"
 """The container that runs a step."""
 
+CHORES = ("garbage", "recovery")
+"""Kinds of Jobs that belong to no decision: they look after the volume."""
+
 
 def checkpoint_claim(run: str) -> str:
     """The claim that the operator makes for a run's checkpoints."""
     return f"{run}-checkpoints"
+
+
+def config_claim(run: str, c: str, uid: str) -> str:
+    """`birds-c12-3fa9c`: a claim of one configuration (scope Config).
+
+    The last part comes of the run's uid: a claim that an earlier run of this name left is not ours.
+    """
+    return f"{run}-c{c}-{hashlib.sha256(uid.encode()).hexdigest()[:5]}"

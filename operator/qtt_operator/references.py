@@ -16,7 +16,7 @@ from qtt_core.spec import Reference, TuningRun
 from qtt_core.steps import digest
 from qtt_operator.cluster import CONFIG_MAPS, Cluster
 from qtt_operator.documents import Places
-from qtt_operator.manifests import CHECKPOINTS, DATA, SCRATCH, WEIGHTS
+from qtt_operator.pods import CHECKPOINTS, DATA, SCRATCH, WEIGHTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,15 +13,12 @@ from qtt_core.jobs import JobDocument, Limits, Paths, Task, parse_job
 from qtt_core.ledger.events import Open
 from qtt_core.plan import CreateJob
 from qtt_core.spec import parse_manifest
-from qtt_operator.manifests import (
-    JobRequest,
-    RunObject,
-    build_checkpoint_claim,
-    build_job,
-    build_pod,
-    merge,
-    refused,
-)
+from qtt_operator.claims import build_claim
+from qtt_operator.manifests import build_job, build_pod
+from qtt_operator.merging import merge
+from qtt_operator.owner import RunObject
+from qtt_operator.pod_rules import refused
+from qtt_operator.pods import JobRequest
 from qtt_operator.settings import ClaimDefaults, OperatorSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "step-job.json"
@@ -210,10 +207,10 @@ def test_the_checked_pod_is_the_jobs_pod() -> None:
 
 def test_a_claim_is_made_only_where_none_is_named_and_goes_with_the_run_only_if_wished() -> None:
     defaults = ClaimDefaults(size="7Gi", storageClassName="fast")
-    kept = build_checkpoint_claim(owner(), defaults)
-    wiped = build_checkpoint_claim(owner(deletionPolicy="Delete"), defaults)
+    kept = build_claim(owner(), defaults)
+    wiped = build_claim(owner(deletionPolicy="Delete"), defaults)
 
-    assert build_checkpoint_claim(owner(checkpoint={"claimName": "mine"}), defaults) is None
+    assert build_claim(owner(checkpoint={"claimName": "mine"}), defaults) is None
     assert kept is not None
     assert kept["spec"]["storageClassName"] == "fast"
     assert "ownerReferences" not in kept["metadata"]

@@ -1,0 +1,92 @@
+"""Claims for checkpoints: one a run, or one a configuration; their names, owners and nodes. Pure.
+
+A claim of ours carries the run's labels. It is owned by the TuningRun, and so deleted with it, only
+under `deletionPolicy: Delete` (30-kubernetes 5.7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qtt_core.spec import RunSpec
+from qtt_operator.names import CONFIG_LABEL, checkpoint_claim, config_claim
+from qtt_operator.owner import Object, RunObject, owner_labels, owner_reference
+from qtt_operator.settings import ClaimDefaults
+
+
+def is_per_config(spec: RunSpec) -> bool:
+    """Whether every configuration has a claim of its own."""
+    return spec.checkpoint is not None and spec.checkpoint.scope == "Config"
+
+
+def claim_name(owner: RunObject, c: str = "") -> str:
+    """The claim that holds the run's checkpoints, or those of configuration `c` (scope Config)."""
+    checkpoint = owner.run.spec.checkpoint
+    if checkpoint is not None and checkpoint.claim_name:
+        return checkpoint.claim_name
+    if is_per_config(owner.run.spec):
+        return config_claim(owner.run.name, c, owner.uid)
+    return checkpoint_claim(owner.run.name)
+
+
+def build_claim(owner: RunObject, defaults: ClaimDefaults, c: str = "") -> Object | None:
+    """The claim to make, None where the manifest names one that exists."""
+    checkpoint = owner.run.spec.checkpoint
+    if checkpoint is not None and checkpoint.claim_name:
+        return None
+    template = checkpoint.volume_claim_template if checkpoint is not None else None
+    own = {CONFIG_LABEL: c} if is_per_config(owner.run.spec) else {}
+    metadata: Object = {
+        "name": claim_name(owner, c),
+        "namespace": owner.run.namespace,
+        "labels": {**owner_labels(owner), **own},
+    }
+    if owners(owner):
+        metadata["ownerReferences"] = owners(owner)
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": metadata,
+        "spec": dict(template) if template else _default_spec(defaults),
+    }
+
+
+def owners(owner: RunObject) -> list[Object]:
+    """The owner references that a claim of ours should have now."""
+    return [owner_reference(owner)] if owner.run.spec.deletion_policy == "Delete" else []
+
+
+def wipes_shared_claim(spec: RunSpec) -> bool:
+    """Whether the run's folder on a claim of the user's is to go with the TuningRun."""
+    named = spec.checkpoint is not None and spec.checkpoint.claim_name
+    return bool(named) and spec.deletion_policy == "Delete"
+
+
+def access_modes(spec: RunSpec, defaults: ClaimDefaults) -> Sequence[str]:
+    """What the claims that we make ask for; empty for a claim of the user's."""
+    checkpoint = spec.checkpoint
+    if checkpoint is not None and checkpoint.claim_name:
+        return ()
+    template = checkpoint.volume_claim_template if checkpoint is not None else None
+    modes: Sequence[str] = template["accessModes"] if template else defaults.accessModes
+    return modes
+
+
+def is_on_one_node(spec: RunSpec, defaults: ClaimDefaults) -> bool:
+    """Whether all pods of the run mount one claim that only one node can have.
+
+    Whose claim it is knows what it can do: for one of the user's the template may say more.
+    """
+    modes = access_modes(spec, defaults)
+    return bool(modes) and "ReadWriteMany" not in modes and not is_per_config(spec)
+
+
+def _default_spec(defaults: ClaimDefaults) -> Mapping[str, Any]:
+    spec: Object = {
+        "accessModes": list(defaults.accessModes),
+        "resources": {"requests": {"storage": defaults.size}},
+    }
+    if defaults.storageClassName is not None:
+        spec["storageClassName"] = defaults.storageClassName
+    return spec
