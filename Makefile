@@ -67,7 +67,7 @@ CLUSTER := $(PY) tests/testbed/cluster.py run --resource nvidia.com/gpu=4 --audi
 testbed: venv ## the end-to-end tests, in a Kubernetes that they boot; needs Linux, root and Go
 	@$(PY) tests/testbed/machine.py
 	@images=$$($(PY) tests/testbed/images.py) && $(CLUSTER) --image $$images -- \
-		$(PY) -m pytest -q tests/e2e -m "testbed or chaos" -p no:cacheprovider $(PYTEST_FLAGS)
+		tests/testbed/run_tests.sh $(PY) $(PYTEST_FLAGS)
 
 cluster: venv ## a shell in the same cluster, operator installed; it ends with the shell
 	@$(PY) tests/testbed/machine.py

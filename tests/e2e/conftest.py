@@ -6,11 +6,13 @@ one, where `pytest tests/e2e -m testbed -k NAME` runs a part of them again and a
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from tuning_runs import Run, simulated
 MakeNamespace = Callable[..., Kube]
 Simulate = Callable[..., Run]
 SYSTEM = "quicktune-system"
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +79,14 @@ def picture(kube: Kube) -> str:
     return "\n".join(parts)
 
 
+@contextmanager
+def one_at_a_time(testbed: Testbed) -> Iterator[None]:
+    """Tests run side by side; what they share is made by one of them."""
+    with (testbed.folder / "shared.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture
 def make_namespace(
     request: pytest.FixtureRequest, testbed: Testbed, _numbers: Iterator[int]
@@ -85,7 +96,7 @@ def make_namespace(
     made: list[Kube] = []
 
     def make(*, enforce: str = "privileged") -> Kube:
-        kube = Kube(namespace=f"{stem.strip('-')}-{next(_numbers)}", api=testbed.api)
+        kube = Kube(namespace=f"{stem.strip('-')}-{WORKER}{next(_numbers)}", api=testbed.api)
         Kube(namespace="default", api=testbed.api).create(namespace(kube.namespace, enforce))
         made.append(kube)
         request.node.stash.setdefault(NAMESPACES, []).append(kube)
@@ -115,8 +126,9 @@ def operator(testbed: Testbed, root: Path, request: pytest.FixtureRequest) -> Ku
     Its log is part of the report of a test that fails.
     """
     system = Kube(namespace=SYSTEM, api=testbed.api)
-    system.kubectl("apply", "--server-side", "-f", str(root / "crds"))
-    system.kubectl("apply", "-f", str(root / "tests" / "testbed" / "operator.yaml"))
+    with one_at_a_time(testbed):
+        system.kubectl("apply", "--server-side", "-f", str(root / "crds"))
+        system.kubectl("apply", "-f", str(root / "tests" / "testbed" / "operator.yaml"))
     for workload in ("statefulset/redis", "deployment/quicktune-operator"):
         system.kubectl("rollout", "status", workload, "--timeout=120s")
     request.node.stash.setdefault(NAMESPACES, []).append(system)
@@ -138,9 +150,11 @@ def simulate(operator: Kube) -> Simulate:
 def digits_folder(testbed: Testbed, root: Path) -> Path:
     """The digits as `examples/digits/prepare.py` writes them, on the node's disk."""
     folder = testbed.folder / "data" / "digits"
-    if not folder.exists():
-        script = root / "examples" / "digits" / "prepare.py"
-        subprocess.run([sys.executable, script, "--to", folder], check=True, capture_output=True)
+    with one_at_a_time(testbed):
+        if not folder.exists():
+            script = root / "examples" / "digits" / "prepare.py"
+            words = [sys.executable, script, "--to", folder]
+            subprocess.run(words, check=True, capture_output=True)
     return folder
 
 

@@ -160,6 +160,11 @@ class Testbed:
         text = (self.folder / "log" / "audit.jsonl").read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
+    def requests(self, namespace: str, resource: str) -> list[Object]:
+        """The requests so far for a resource of a namespace."""
+        wanted = {"namespace": namespace, "resource": resource}
+        return [e for e in self.audit() if wanted.items() <= e.get("objectRef", {}).items()]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kube:

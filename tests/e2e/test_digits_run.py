@@ -69,11 +69,12 @@ def test_the_example_runs_to_its_best_model(
 
     status = complete(restricted)["status"]
     assert status["consumed"]["steps"] == 24
-    assert float(status["best"]["score"]) > 0.8
+    assert float(status["best"]["score"]) > 0.5  # five times chance; how good is for `make bench`
     assert status["best"]["model"] in restricted.kubectl("get", "tnr")
     check(restricted, operator, testbed, 24)
 
 
+@pytest.mark.chaos
 def test_a_run_survives_kill_9_of_the_operator_in_its_middle(
     restricted: Kube, operator: Kube, testbed: Testbed, digits: Claim, root: Path
 ) -> None:

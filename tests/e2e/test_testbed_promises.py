@@ -134,8 +134,8 @@ def test_the_audit_log_names_users_and_verbs(kube: Kube, testbed: Testbed) -> No
     kube.create(config_map("seen"))
 
     def logged() -> list[tuple[str, int]]:
-        mine = [e for e in testbed.audit() if e.get("objectRef", {}).get("name") == "seen"]
-        created = [e for e in mine if e["verb"] == "create"]
+        mine = testbed.requests(kube.namespace, "configmaps")
+        created = [e for e in mine if (e["verb"], e["objectRef"].get("name")) == ("create", "seen")]
         return [(e["user"]["username"], e["responseStatus"]["code"]) for e in created]
 
     assert until("the request is logged", logged) == [("admin", 201)]
@@ -165,6 +165,7 @@ def test_redis_of_a_debian_package_keeps_what_it_acknowledged(kube: Kube) -> Non
 # --- faults ----------------------------------------------------------------------------------
 
 
+@pytest.mark.chaos
 def test_pods_outlive_a_restart_of_their_nodes_programs(kube: Kube, testbed: Testbed) -> None:
     kube.create(pod("steady", "sleep 600"))
     kube.wait_running("steady")
@@ -179,6 +180,7 @@ def test_pods_outlive_a_restart_of_their_nodes_programs(kube: Kube, testbed: Tes
     assert kube.execute("steady", "echo", "there") == "there\n"
 
 
+@pytest.mark.chaos
 def test_a_killed_control_plane_comes_back_with_its_objects(kube: Kube, testbed: Testbed) -> None:
     kube.create(config_map("kept"))
 
@@ -193,6 +195,7 @@ def test_a_killed_control_plane_comes_back_with_its_objects(kube: Kube, testbed:
     assert kube.ended_job("after")["type"] == "Complete"
 
 
+@pytest.mark.chaos
 def test_a_frozen_scheduler_schedules_once_it_is_thawed(kube: Kube, testbed: Testbed) -> None:
     with testbed.frozen("kube-scheduler"):
         kube.create(pod("waits", "true"))

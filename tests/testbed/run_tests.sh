@@ -1,0 +1,22 @@
+#!/bin/bash
+# The end-to-end tests, inside a cluster: those that leave it alone side by side, for they mostly
+# wait, then one by one those that kill what the others stand on.
+#
+#   run_tests.sh PYTHON [option of pytest ...]
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+
+python=$1 chosen=0 failed=0
+shift
+part() {
+  "$python" -m pytest -q tests/e2e -p no:cacheprovider "$@"
+  case $? in
+    0) chosen=1 ;;
+    5) ;; # the options choose no test of this part
+    *) chosen=1 failed=1 ;;
+  esac
+}
+part -m "testbed and not (chaos or slow)" -n 3 --dist worksteal "$@"
+part -m "chaos and not slow" "$@"
+((chosen)) || echo "run_tests: the options choose no test" >&2
+exit $((failed || !chosen))
