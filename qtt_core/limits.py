@@ -5,11 +5,12 @@ Nothing here orders anything; `planner` turns these facts into actions, status s
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 
-from qtt_core.ledger.events import PREPARE
-from qtt_core.ledger.fold import RETRY_NOTE, OpenEntry, position
+from qtt_core.ledger.events import PREPARE, is_evaluation, is_pseudo
+from qtt_core.ledger.fold import FINETUNE_NOTE, RETRY_NOTE, LedgerState, OpenEntry, position
 from qtt_core.plan import JobPhase, ObservedJob, Phase, PlannerInput
 from qtt_core.results import State
 from qtt_core.spec import Budget
@@ -126,7 +127,32 @@ def end_reason(i: PlannerInput) -> tuple[str, str] | None:
         return "BudgetExhausted", f"{ledger.charged_seconds:.0f} of {total:.0f} device-seconds used"
     if wallclock_left(i) <= 0:
         return "BudgetExhausted", f"{spec.budget.max_wallclock:.0f} seconds of wall clock used"
-    return _optimizer_end(i)
+    return None if wished(i.ledger, i.spec.fidelity.max) else _optimizer_end(i)
+
+
+def may_open(i: PlannerInput) -> bool:
+    """Whether steps may begin: the run goes on, and the store knows all that was counted."""
+    going = i.ledger.closed is None and not i.spec.suspend and end_reason(i) is None
+    return going and not lost_steps(i)
+
+
+def wished(ledger: LedgerState, full: int) -> list[str]:
+    """Configurations that a person wants at epoch `full` and that can still get there."""
+    found: dict[str, None] = {}
+    for note in ledger.notes:
+        ids = json.loads(note.old) if note.what == FINETUNE_NOTE else None
+        if isinstance(ids, list):
+            found |= dict.fromkeys(map(str, ids))
+    return [c for c in found if c not in ledger.failed and ledger.heads.get(c, 0) < full]
+
+
+def lost_steps(i: PlannerInput) -> int:
+    """Steps that were counted and that the ledger does not know, 0 once a person accepts that."""
+    lost = i.counted_steps - i.ledger.steps
+    accepted = any(
+        note.what == RETRY_NOTE and note.old == str(i.counted_steps) for note in i.ledger.notes
+    )
+    return 0 if accepted else max(0, lost)
 
 
 def _optimizer_end(i: PlannerInput) -> tuple[str, str] | None:
@@ -147,6 +173,8 @@ def _failed_configs(i: PlannerInput) -> int:
 
 def held(i: PlannerInput) -> tuple[str, str] | None:
     """Why nothing new is opened although the run is not over, or None."""
+    if lost_steps(i) or any(is_lost(i, job) for job in i.observed.jobs):
+        return "DataRegressed", _regressed(lost_steps(i))
     if i.ledger.cancelled_in_a_row >= INFRA_IN_A_ROW:
         return (
             "InfraRetriesExhausted",
@@ -157,11 +185,18 @@ def held(i: PlannerInput) -> tuple[str, str] | None:
     full = [e.c for e in i.ledger.open.values() if e.retries[-1:] == (State.DISK_FULL.value,)]
     if full:
         return "DiskFull", f"no space left on the checkpoint volume; waiting: {', '.join(full)}"
-    if any(is_lost(i, job) for job in i.observed.jobs):
-        return "DataRegressed", "the store has lost decisions whose jobs still exist"
     if is_resting(i):
         return "OptimizerUnhealthy", i.optimizer.error
     return None
+
+
+def _regressed(steps: int) -> str:
+    if not steps:
+        return "the store has lost decisions whose jobs still exist; they are recorded again"
+    return (
+        f"the store lacks {steps} steps that were counted; jobs that still exist are read again."
+        " Restore it, or go on without them: annotate quicktune.dev/retry with a new token"
+    )
 
 
 def is_resting(i: PlannerInput) -> bool:
@@ -199,16 +234,28 @@ def is_lost(i: PlannerInput, job: ObservedJob) -> bool:
     are already recorded, is old, not lost.
     """
     ledger, entry = i.ledger, i.ledger.open.get(job.c)
-    if job.opening is None or not job.c.isdigit() or ledger.run is None:
+    if job.opening is None or ledger.run is None:
         return False
-    if ledger.closed is not None or job.c in ledger.failed or (job.c, job.to) in ledger.step_keys:
+    if ledger.closed is not None and not is_evaluation(job.c):
         return False
-    frm = job.opening.event.frm
+    if job.c in ledger.failed or (job.c, job.to) in ledger.step_keys:
+        return False
+    frm, opened_id = job.opening.event.frm, job.opening.event.id
+    looked = [note.id for note in ledger.notes if note.what == RETRY_NOTE]
+    if opened_id and any(_is_later(stream_id, opened_id) for stream_id in looked):
+        return False  # written after the loss: a person accepts it
     return (
-        ledger.heads.get(job.c, 0) <= frm
+        head_of(i, job.c) <= frm
         and ledger.attempts.get((job.c, job.to), 0) <= job.attempt
         and (entry is None or entry.to <= frm)
     )
+
+
+def head_of(i: PlannerInput, c: str) -> int:
+    """The epoch from which a decision of `c` must begin."""
+    if not is_pseudo(c):
+        return i.ledger.heads.get(c, 0)
+    return i.ledger.prepared.to if c == PREPARE and i.ledger.prepared is not None else 0
 
 
 def next_attempt(i: PlannerInput, c: str, to: int) -> int:
@@ -239,10 +286,13 @@ def may_reopen(i: PlannerInput) -> str:
         return ""
     if closed.reason == COMPLETE["budget"]:
         raised = _is_raised(closed.budget, budget_limits(i.spec.budget))
-        return "BudgetRaised" if raised and end_reason(i) is None else ""
-    asked = [note for note in i.ledger.notes if note.what == RETRY_NOTE]
-    failed = closed.reason not in {*COMPLETE.values(), "Stopped"}
-    return "Retried" if failed and any(_is_later(n.id, closed.id) for n in asked) else ""
+        if raised:
+            return "BudgetRaised" if end_reason(i) is None else ""
+    asked = {note.what for note in i.ledger.notes if _is_later(note.id, closed.id)}
+    if closed.reason not in {*COMPLETE.values(), "Stopped"}:
+        return "Retried" if RETRY_NOTE in asked else ""
+    chosen = FINETUNE_NOTE in asked and wished(i.ledger, i.spec.fidelity.max)
+    return "Finetune" if chosen and end_reason(i) is None else ""
 
 
 def _is_raised(old: Mapping[str, float], new: Mapping[str, float]) -> bool:

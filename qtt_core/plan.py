@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from qtt_core.ledger.events import Cancel, Done, Event, Fail, Open, Retry
+from qtt_core.ledger.events import EVALUATION, Cancel, Done, Event, Fail, Open, Retry
 from qtt_core.ledger.fold import LedgerState
 from qtt_core.results import State, StepResult
 from qtt_core.spec import RunSpec
@@ -66,6 +66,7 @@ class Ending(StrEnum):
 
     RESULT = "result"
     PREPARED = "prepared"
+    EVALUATED = "evaluated"
     BAD_JOB = "bad_job"
     BAD_DATA = "bad_data"
     BUG = "bug"
@@ -160,10 +161,40 @@ class OptimizerView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A configuration with a score, as a person's wish may choose it.
+
+    `fidelity`: its newest epoch; `checkpoint`: a folder of its best one that is still kept, empty
+    if none is. Units: score in [0, 1], seconds of one Job per epoch.
+    """
+
+    config_id: int
+    config: Config
+    fidelity: int
+    score: float
+    seconds_per_epoch: float
+    closed: bool = False
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What a person asked for beside the manifest, as written; each acts once.
+
+    `retry`: a token. `finetune`: `<token> <k>`. `evaluate`: `<token> CLAIM[:path]`.
+    """
+
+    retry: str = ""
+    finetune: str = ""
+    evaluate: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerInput:
     """Everything a decision may depend on; `now` in seconds since 1970.
 
-    `retry_token`: a person's wish to try again (`quicktune.dev/retry`); each token acts once.
+    `candidates`: best first, filled only while a wish needs them. `counted_steps`: how many steps a
+    second witness, the status, has counted; more than the ledger has means that it lost some.
     """
 
     spec: RunSpec
@@ -172,7 +203,9 @@ class PlannerInput:
     observed: Observed
     optimizer: OptimizerView
     now: float
-    retry_token: str = ""
+    wishes: Wishes = Wishes()
+    candidates: tuple[Candidate, ...] = ()
+    counted_steps: int = 0
 
 
 # --- actions ---------------------------------------------------------------------------------
@@ -234,11 +267,37 @@ class OpenStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What an evaluation scores, and on what: `claim` "" = the run's own test split.
+
+    `checkpoints`: folders below the run's; `path` lies in the claim.
+    """
+
+    checkpoints: tuple[str, ...]
+    claim: str = ""
+    path: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As the decision's `why` carries it."""
+        return {
+            "rule": EVALUATION, "claim": self.claim, "path": self.path,
+            "checkpoints": list(self.checkpoints),
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Evaluation:
+        """The inverse of `to_json`."""
+        return cls(
+            checkpoints=tuple(raw["checkpoints"]), claim=str(raw["claim"]), path=str(raw["path"])
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CreateJob:
     """Start the present attempt of an open decision.
 
     `oom_kills`: how often it was killed for host memory: fewer workers, more memory.
-    `avoid_nodes`: nodes whose device failed lately.
+    `avoid_nodes`: nodes whose device failed lately. `evaluation`: of kind `evaluate` only.
     """
 
     kind: str
@@ -251,6 +310,7 @@ class CreateJob:
     allow_restart: bool = False
     oom_kills: int = 0
     avoid_nodes: tuple[str, ...] = ()
+    evaluation: Evaluation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,6 +319,15 @@ class Ask:
 
     n: int
     budget: BudgetView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmitEvent:
+    """Tell people; `reason` as an Event of Kubernetes has it."""
+
+    reason: str
+    message: str
+    warning: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,6 +348,7 @@ Action = (
     | OpenStep
     | CreateJob
     | Ask
+    | EmitEvent
     | Requeue
 )
 

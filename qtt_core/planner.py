@@ -13,14 +13,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from qtt_core.ledger.events import (
+    EVALUATION,
     PREPARE,
     Cancel,
     Close,
+    Done,
+    Fail,
     Note,
     Open,
     Prepared,
     Reopen,
+    Retry,
     Run,
+    done_key,
     is_evaluation,
     is_pseudo,
 )
@@ -31,9 +36,12 @@ from qtt_core.limits import (
     budget_view,
     end_reason,
     entry_of,
+    head_of,
     held,
     is_lost,
     is_resting,
+    lost_steps,
+    may_open,
     may_reopen,
     next_attempt,
     phase,
@@ -52,7 +60,9 @@ from qtt_core.plan import (
     Cause,
     Commit,
     CreateJob,
+    EmitEvent,
     Ending,
+    Evaluation,
     Forget,
     Identity,
     JobEnd,
@@ -71,7 +81,8 @@ from qtt_core.plan import (
     Verdict,
 )
 from qtt_core.settle import charged_seconds, may_restart, oom_kills, retry_delay, settle
-from qtt_core.steps import Proposal, decision_hash, digest
+from qtt_core.steps import Proposal, canonical_json, decision_hash, digest
+from qtt_core.wishes import evaluate, finetune, is_new, note_key
 
 __all__ = [
     "PREPARE_TIMEOUT",
@@ -127,19 +138,19 @@ def _start(i: PlannerInput) -> Iterator[Action]:
 
 
 def _retry(i: PlannerInput) -> Iterator[Action]:
-    """Note a person's wish to try again, once per token."""
-    seen = {note.new for note in i.ledger.notes if note.what == RETRY_NOTE}
-    if i.retry_token and i.retry_token not in seen:
-        event = Note(what=RETRY_NOTE, new=i.retry_token)
-        yield RecordNote(event=event, key=f"{RETRY_NOTE}-{digest(i.retry_token)[:16]}")
+    """Note a person's wish to try again, once per token; `old` = the loss it accepts, if any."""
+    if is_new(i.ledger, RETRY_NOTE, i.wishes.retry):
+        accepted = str(i.counted_steps) if lost_steps(i) else ""
+        event = Note(what=RETRY_NOTE, new=i.wishes.retry, old=accepted)
+        yield RecordNote(event=event, key=note_key(RETRY_NOTE, i.wishes.retry))
 
 
 def _readopt(i: PlannerInput) -> Iterator[Action]:
     """Record again, from the jobs themselves, decisions that the store has lost."""
     for job in i.observed.jobs:
         if job.opening is not None and is_lost(i, job) and job.c not in i.ledger.open:
-            event = replace(job.opening.event, a=job.attempt)
-            if event.frm == i.ledger.heads.get(job.c, 0):
+            event = replace(job.opening.event, id="", ep=0, a=job.attempt)
+            if event.frm == head_of(i, job.c):
                 yield replace(job.opening, event=event)
 
 
@@ -158,16 +169,34 @@ def _commit(i: PlannerInput, entry: OpenEntry, job: ObservedJob) -> Iterator[Act
     assert job.verdict is not None  # filled by gather for ended jobs
     assert job.end is not None
     if job.verdict.kind is Ending.PREPARED:
-        yield RecordNote(
-            event=_prepared(i, entry, job.verdict, job.end), key=f"prepare-f{entry.to}"
-        )
+        key = done_key(PREPARE, entry.to)
+        yield RecordNote(event=_prepared(i, entry, job.verdict, job.end), key=key)
+    elif job.verdict.kind is Ending.EVALUATED:
+        yield RecordNote(event=_evaluated(entry, job.verdict), key=done_key(entry.c, entry.to))
     else:
         event = settle(entry, job.verdict, job.end, i.spec)
         yield Commit(event=event)
-        if job.verdict.reason == "bad_data" or (entry.c == PREPARE and isinstance(event, Cancel)):
+        if is_evaluation(entry.c):
+            yield from _said(event)
+        elif job.verdict.reason == "bad_data" or (entry.c == PREPARE and isinstance(event, Cancel)):
             reason = "BadData" if job.verdict.kind is Ending.BAD_DATA else "TooManyFailedConfigs"
             yield _closing(i, reason, job.verdict.message)
     yield Forget(job=job.name)
+
+
+def _evaluated(entry: OpenEntry, verdict: Verdict) -> Note:
+    assert verdict.result is not None
+    scores = canonical_json([dict(score) for score in verdict.result.scores])
+    return Note(what=EVALUATION, new=scores, c=entry.c, to=entry.to, a=entry.attempt)
+
+
+def _said(event: Done | Fail | Retry | Cancel) -> Iterator[Action]:
+    """An evaluation that was given up: nobody else would hear of it."""
+    if isinstance(event, Cancel | Fail):
+        words = (
+            f"{event.c}: {event.msg or event.reason if isinstance(event, Cancel) else event.msg}"
+        )
+        yield EmitEvent(reason="EvaluationFailed", message=words, warning=True)
 
 
 def _closing(i: PlannerInput, reason: str, message: str) -> RecordNote:
@@ -204,6 +233,8 @@ def _kill(i: PlannerInput) -> Iterator[Action]:
         if entry is None:
             if not is_lost(i, job):
                 yield Kill(job=job.name, reason=Cause.STOPPED)
+        elif is_evaluation(entry.c) and not i.spec.suspend and i.now <= _due(i, entry, job):
+            continue  # it may outlive the run
         elif stop or (idle and job.phase is not JobPhase.RUNNING):
             yield Kill(job=job.name, reason=Cause.STOPPED)
         elif i.now > _due(i, entry, job):
@@ -230,7 +261,7 @@ def _reopen(i: PlannerInput) -> Iterator[Action]:
 def _close(i: PlannerInput) -> Iterator[Action]:
     """End the run once nothing is open; what has no job is not started any more."""
     reason = end_reason(i)
-    if i.ledger.closed is not None or reason is None:
+    if i.ledger.closed is not None or reason is None or (lost_steps(i) and not i.spec.stop):
         return
     present = {job.c for job in i.observed.jobs}
     waiting = [entry for entry in i.ledger.open.values() if not is_evaluation(entry.c)]
@@ -244,11 +275,14 @@ def _close(i: PlannerInput) -> Iterator[Action]:
 
 def _recreate(i: PlannerInput) -> Iterator[Action]:
     """Start the present attempt of every open entry without a job (30-kubernetes 3.3, absence)."""
-    if i.ledger.closed is not None or (i.spec.suspend or i.spec.stop):
+    if i.spec.suspend or lost_steps(i):
         return
     present = {(job.c, job.to, job.attempt) for job in i.observed.jobs}
     created = 0
-    for entry in [*(e for e in i.ledger.open.values() if not e.c.isdigit()), *tuning(i)]:
+    pseudo = [entry for entry in i.ledger.open.values() if is_pseudo(entry.c)]
+    for entry in [*pseudo, *tuning(i)]:
+        if not is_evaluation(entry.c) and (i.ledger.closed is not None or i.spec.stop):
+            continue
         due = entry.since + retry_delay(entry)
         absent = (entry.c, entry.to, entry.attempt) not in present
         if absent and i.observed.synced_at >= entry.since and i.now >= due:
@@ -261,6 +295,7 @@ def _recreate(i: PlannerInput) -> Iterator[Action]:
                 decision=entry.decision, allow_restart=may_restart(entry),
                 timeout_seconds=step_timeout(i, entry.c, entry.reserved),
                 oom_kills=oom_kills(entry), avoid_nodes=_avoided(i),
+                evaluation=Evaluation.from_json(entry.why) if is_evaluation(entry.c) else None,
             )  # fmt: skip
 
 
@@ -280,7 +315,7 @@ def _prepare(i: PlannerInput) -> Iterator[Action]:
 
     Data that changed are read again when a person asks for it; the trainer compares.
     """
-    if not _may_open(i):
+    if not may_open(i):
         return
     before = i.ledger.prepared
     if (before is None or i.ledger.recheck) and PREPARE not in i.ledger.open:
@@ -305,7 +340,7 @@ def _open(i: PlannerInput) -> Iterator[Action]:
     steps, seconds = steps_left(i), seconds_left(i)
     free = slots(i) - len(tuning(i))
     for proposal in i.optimizer.proposals:
-        admitted = _may_open(i) and free > 0 and steps >= 1 and seconds > 0
+        admitted = may_open(i) and free > 0 and steps >= 1 and seconds > 0
         if not admitted or str(proposal.config_id) in i.ledger.open or held(i):
             yield Abandon(config_id=proposal.config_id)
             continue
@@ -344,17 +379,13 @@ def _ask(i: PlannerInput) -> Iterator[Action]:
     if i.optimizer.told != i.ledger.last_id:
         yield Tell()
     free = slots(i) - len(tuning(i))
-    if free <= 0 or not _may_open(i) or held(i) or end_reason(i) is not None:
+    if free <= 0 or not may_open(i) or held(i) or end_reason(i) is not None:
         return
     if steps_left(i) < 1 or seconds_left(i) <= 0:
         return
     if i.optimizer.answered and i.optimizer.told == i.ledger.last_id:
         return  # it has nothing to propose until a pending result arrives
     yield Ask(n=free, budget=budget_view(i))
-
-
-def _may_open(i: PlannerInput) -> bool:
-    return i.ledger.closed is None and not i.spec.suspend and end_reason(i) is None
 
 
 def _next_deadline(i: PlannerInput) -> float:
@@ -372,6 +403,7 @@ def _next_deadline(i: PlannerInput) -> float:
 
 
 _POLICIES = (
-    _start, _retry, _readopt, _collect, _reopen, _close, _recreate, _prepare, _open, _ask,
+    _start, _readopt, _collect, _retry, evaluate, finetune, _reopen, _close, _recreate,
+    _prepare, _open, _ask,
 )  # fmt: skip
 """In the order they are tried; the first that has work makes the plan."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from qtt_core.errors import Fault, StaleEpochError
 from qtt_core.fields import raise_faults
 from qtt_core.ledger.events import PREPARE, Open
 from qtt_core.ledger.fold import LedgerState, fold
-from qtt_core.plan import CreateJob, Identity, JobPhase
+from qtt_core.plan import CreateJob, EmitEvent, Identity, JobPhase, Wishes
 from qtt_core.spec import changed_immutable_fields, immutable_digest, parse_manifest
 from qtt_core.steps import decision_hash, digest
 from qtt_operator.cluster import Cluster, Object
 from qtt_operator.cluster_backend import ClusterBackend, Copies
 from qtt_operator.documents import RunContents, job_document, optimizer_setup
 from qtt_operator.housekeeping import Housekeeping
+from qtt_operator.names import EVALUATE_ANNOTATION, FINETUNE_ANNOTATION, RETRY_ANNOTATION
 from qtt_operator.optimizer_share import OptimizerShare, SharedOptimizer
 from qtt_operator.owner import RunObject
 from qtt_operator.pod_rules import refused
@@ -57,8 +58,8 @@ class ActiveRun:
     """When (monotonic)."""
     rejected: str = ""
     """The server's words on the Pod that the template makes, empty if it takes it."""
-    checked: bool = False
-    """Whether the ledger was compared with the status and the Jobs."""
+    spent_token: str = ""
+    """A `retry` that was there before a loss of data was found: it did not mean this loss."""
     recorded: int = 0
     """Events counted by the metrics."""
 
@@ -66,7 +67,13 @@ class ActiveRun:
     def is_still(self) -> bool:
         """No Job lives and the optimizer is not at work."""
         live = [job for job in self.context.observed.jobs if job.phase is not JobPhase.ENDED]
-        return not live and not self.context.view.busy
+        return not (live or self.context.state.open or self.context.view.busy)
+
+    def listen(self, found: Object) -> None:
+        """Take what a person asks for from the TuningRun's annotations."""
+        wishes, context = wishes_of(found), self.context
+        context.retry_token = wishes.retry if wishes.retry != self.spent_token else ""
+        context.finetune, context.evaluate = wishes.finetune, wishes.evaluate
 
     async def close(self) -> None:
         """End a call of the optimizer that is under way."""
@@ -89,6 +96,7 @@ class Surroundings:
     enqueue: Callable[[Key, float], None]
     others_open: Callable[[Key], int]
     commit_delay_seconds: Callable[[], float] = lambda: 0.0
+    tell: Callable[[Key, EmitEvent], Awaitable[None]]
 
 
 class Wake(asyncio.Event):
@@ -128,6 +136,8 @@ async def start_run(key: Key, found: Object, around: Surroundings) -> ActiveRun:
     active = _assemble(
         key, found, owner, replace(contents, identity=identity), ledger, optimizer, around
     )
+    if active.context.counted_steps > state.steps:
+        active.spent_token = wishes_of(found).retry
     if state.prepared is None:
         await check_pod(active)
     return active
@@ -159,14 +169,19 @@ def _assemble(
         garbage=house.garbage,
         clock=around.clock,
         wake=Wake(lambda: around.enqueue(key, 0.0)),
+        candidates=lambda context: house.candidates(context, _best_folder(active.status)),
+        counted_steps=int(((found.get("status") or {}).get("consumed") or {}).get("steps") or 0),
+        say=lambda event: around.tell(key, event),
     )
     backend.opened = lambda c: _last_open(context, c)
     backend.awaited = lambda c, to, attempt: _awaited(context, c, to, attempt)
-    return ActiveRun(
+    backend.knows = lambda decision: decision in context.decisions
+    active = ActiveRun(
         key=key, uid=owner.uid, generation=found["metadata"]["generation"], context=context,
         ledger=ledger, backend=backend, optimizer=optimizer, house=house,
         status=found.get("status") or {},
     )  # fmt: skip
+    return active
 
 
 def apply_spec(run: ActiveRun, found: Object, settings: OperatorSettings) -> None:
@@ -216,6 +231,21 @@ def check_drift(
         changed += [n for n, sha in (files or {}).items() if recorded.get(n, sha) != sha]
         remedy = "is immutable: this run has started"
         raise_faults([Fault(name, "changed", remedy) for name in changed])
+
+
+def wishes_of(found: Object) -> Wishes:
+    """What a person asks for in the TuningRun's annotations."""
+    notes = found["metadata"].get("annotations") or {}
+    return Wishes(
+        retry=str(notes.get(RETRY_ANNOTATION, "")),
+        finetune=str(notes.get(FINETUNE_ANNOTATION, "")),
+        evaluate=str(notes.get(EVALUATE_ANNOTATION, "")),
+    )
+
+
+def _best_folder(status: Mapping[str, Any]) -> str:
+    """The recommended checkpoint, which every retention but `None` keeps."""
+    return str((status.get("best") or {}).get("checkpoint", ""))
 
 
 def _identity(owner: RunObject, state: LedgerState) -> Identity:

@@ -10,21 +10,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qtt_core.errors import ClusterError
 from qtt_core.jobs import JobDocument
 from qtt_core.ledger.events import Open
-from qtt_core.plan import CreateJob, JobEnd, JobPhase, Observed, ObservedJob
+from qtt_core.plan import CreateJob, JobEnd, JobPhase, Observed, ObservedJob, OpenStep
 from qtt_operator import job_ends
+from qtt_operator.claims import build_claim
 from qtt_operator.cluster import CLAIMS, JOBS, PODS, Cluster, Object
 from qtt_operator.informer import Informers, run_uid, without
-from qtt_operator.claims import build_claim
 from qtt_operator.manifests import build_job, build_pod
 from qtt_operator.names import DECISION_ANNOTATION
 from qtt_operator.owner import RunObject
 from qtt_operator.pods import JobRequest
 from qtt_operator.settings import OperatorSettings
+from qtt_operator.witness import decision_of, opening_of
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class _Memory:
     finished_since: float | None = None
     killed: str = ""
     past_seconds: float = 0.0
+    opening: OpenStep | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,6 +79,8 @@ class ClusterBackend:
     opened: Callable[[str], Open | None] = lambda _c: None
     awaited: Callable[[str, int, int], bool] = lambda _c, _to, _attempt: False
     """Whether the ledger waits for the end of (configuration, target, attempt)."""
+    knows: Callable[[str], bool] = lambda _decision: True
+    """Whether the ledger holds the decision of this hash."""
     wake_after: Callable[[float], None] = lambda _seconds: None
     others_open: Callable[[], int] = lambda: 0
     """Live Jobs of other runs, for the install's limit."""
@@ -92,8 +96,10 @@ class ClusterBackend:
 
     async def observe(self) -> Observed:
         """Every Job of the run whose end the ledger may still wait for."""
-        jobs = [self._observe(job) for job in self.copies.jobs.of_run(self.owner.uid)]
-        seen = [job for job in jobs if job is not None]
+        copies = self.copies.jobs.of_run(self.owner.uid)
+        for job in copies:
+            await self._read_decision(job)
+        seen = [job for job in map(self._observe, copies) if job is not None]
         names = {job.name for job in seen}
         seen += [job for job in self._gone.values() if job.name not in names]
         synced = self.copies.jobs.is_synced and self.copies.pods.is_synced
@@ -161,11 +167,6 @@ class ClusterBackend:
                 memory = self._memory.setdefault(_uid(job), _Memory())
                 memory.past_seconds += job_ends.held_seconds(pod, self.clock())
 
-    def all_jobs(self) -> list[Object]:
-        """Every Job of the run that is not on its way out."""
-        jobs = self.copies.jobs.of_run(self.owner.uid)
-        return [job for job in jobs if not job_ends.is_deleting(job)]
-
     def live(self) -> list[Object]:
         """Jobs that have not ended, for the limit over all runs."""
         return [
@@ -215,8 +216,12 @@ class ClusterBackend:
         """The planner's view; None for a Job whose end is recorded, unless the record was lost."""
         recorded = _uid(job) in self._forgotten or is_recorded(job)
         seen = job_ends.observed_job(job, self._pods(job), self._sight(job))
-        if seen is None or (recorded and not self.awaited(seen.c, seen.to, seen.attempt)):
+        opening = self._memory[_uid(job)].opening
+        if seen is None or (
+            recorded and opening is None and not self.awaited(seen.c, seen.to, seen.attempt)
+        ):
             return None
+        seen = replace(seen, opening=opening)
         if end is None:
             return seen
         return ObservedJob(
@@ -245,6 +250,17 @@ class ClusterBackend:
             killed=memory.killed, past_seconds=memory.past_seconds,
             node_lost_grace=self.settings.node_lost_grace_seconds,
         )  # fmt: skip
+
+    async def _read_decision(self, job: Object) -> None:
+        """Keep the decision of a Job if the ledger lacks it; our copies lack its document."""
+        memory = self._memory.setdefault(_uid(job), _Memory())
+        decision = decision_of(job)
+        if not decision or self.knows(decision):
+            memory.opening = None
+        elif memory.opening is None and not job_ends.is_deleting(job):
+            whole = await self.cluster.get(JOBS, self.namespace, job["metadata"]["name"])
+            if whole is not None and _uid(whole) == _uid(job):
+                memory.opening = opening_of(whole)
 
     def _pods(self, job: Object) -> list[Object]:
         name = job["metadata"]["name"]

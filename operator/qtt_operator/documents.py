@@ -10,7 +10,7 @@ from qtt_core.hub import Hub
 from qtt_core.jobs import Flags, JobDocument, Limits, Paths, Task
 from qtt_core.ledger.events import Prepared
 from qtt_core.ledger.fold import LedgerState
-from qtt_core.plan import CreateJob, Identity
+from qtt_core.plan import CreateJob, Evaluation, Identity
 from qtt_core.spec import RunSpec
 from qtt_core.steps import Config, OptimizerSetup, Options, nonce, step_key
 
@@ -64,7 +64,8 @@ def job_document(
         step=step_key(int(job.c), job.to) if job.c.isdigit() else step_key(job.c, job.to),
     )
     if config is None:
-        return replace(common, cards=tuple(card.to_json() for card in run.hub.cards))
+        common = replace(common, cards=tuple(card.to_json() for card in run.hub.cards))
+        return common if job.evaluation is None else _scoring(run, common, job.evaluation)
     return replace(
         common,
         config_id=int(job.c),
@@ -78,6 +79,12 @@ def job_document(
         max_fidelity=run.spec.fidelity.max,
         gc=gc,
     )
+
+
+def _scoring(run: RunContents, document: JobDocument, evaluation: Evaluation) -> JobDocument:
+    """The kept checkpoints of a decision, on the run's own test split or on another claim's."""
+    task = replace(document.task, split=run.spec.dataset.test_split)
+    return replace(document, task=task, checkpoints=evaluation.checkpoints)
 
 
 def optimizer_setup(run: RunContents, ledger: LedgerState) -> OptimizerSetup:

@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from qtt_core.errors import VolumeError
-from qtt_core.history import Histories
-from qtt_core.plan import Phase, Plan
+from qtt_core.history import ConfigHistory, Histories
+from qtt_core.plan import Candidate, Phase, Plan
 from qtt_core.retention import chosen, garbage
+from qtt_operator.names import checkpoint_folder
 from qtt_operator.run_folder import write_atomically
 from qtt_operator.status import build_status
 from qtt_operator.turn import RunContext
@@ -54,10 +55,25 @@ class Housekeeping:
         saved = past[config_id].saved
         points = {config_id: tuple(epoch for epoch, _ in saved)}
         kept = set(chosen(retention, top_k, past, points, context.recommendation))
-        best = max(saved, key=lambda point: (point[1], -point[0]), default=None)
-        if best is not None:
-            kept.add((config_id, best[0]))
+        if saved:
+            kept.add((config_id, _best_epoch(past[config_id])))
         return garbage(frozenset(kept), points, config_id)
+
+    def candidates(self, context: RunContext, best: str = "") -> tuple[Candidate, ...]:
+        """Configurations with a score, best first; `best` is a folder known to be kept.
+
+        A run that is over keeps what its policy names, any other one each configuration's best.
+        """
+        past = self.histories(context)
+        order = past.best(len(past))
+        points = {h.config_id: tuple(epoch for epoch, _ in h.saved) for h in order}
+        policy = context.run.spec.checkpoint
+        retention, top_k = (policy.retention, policy.top_k) if policy else ("Incumbent", 3)
+        kept = chosen(retention, top_k, past, points, context.recommendation)
+        folders = {checkpoint_folder(str(c), epoch) for c, epoch in kept} | {best}
+        if context.state.closed is None:
+            folders |= {checkpoint_folder(str(h.config_id), _best_epoch(h)) for h in order}
+        return tuple(_candidate(history, folders) for history in order)
 
     def write_status(self, context: RunContext, plan: Plan) -> None:
         """Replace status.yaml if it changed; a full disk is reported once, the run goes on."""
@@ -89,3 +105,21 @@ class Housekeeping:
             now=context.clock(),
             previous=self._written.get("conditions", ()),
         )
+
+
+def _best_epoch(history: ConfigHistory) -> int:
+    """Of the best-scored checkpoint, the earlier of equals; 0 where there is none."""
+    best = max(history.saved, key=lambda point: (point[1], -point[0]), default=(0, 0.0))
+    return best[0]
+
+
+def _candidate(history: ConfigHistory, folders: set[str]) -> Candidate:
+    """`folders`: the checkpoints that are kept, of all configurations."""
+    by_score = sorted(history.saved, key=lambda point: (-point[1], point[0]))
+    mine = [checkpoint_folder(str(history.config_id), epoch) for epoch, _ in by_score]
+    return Candidate(
+        config_id=history.config_id, config=history.config, fidelity=history.fidelity,
+        score=history.best_score or 0.0, closed=history.standing.is_closed,
+        seconds_per_epoch=history.trained_seconds / max(1, len(history.epochs)),
+        checkpoint=next((folder for folder in mine if folder in folders), ""),
+    )  # fmt: skip

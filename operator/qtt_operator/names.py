@@ -32,6 +32,8 @@ ATTEMPT_LABEL = f"{GROUP}/attempt"
 COMPONENT_LABEL = "app.kubernetes.io/component"
 DECISION_ANNOTATION, OPEN_ANNOTATION = f"{GROUP}/decision", f"{GROUP}/open"
 SEQUENCE_ANNOTATION, EPOCH_ANNOTATION = f"{GROUP}/seq", f"{GROUP}/epoch"
+RETRY_ANNOTATION, FINETUNE_ANNOTATION = f"{GROUP}/retry", f"{GROUP}/finetune"
+EVALUATE_ANNOTATION = f"{GROUP}/evaluate"
 TRAINER = "trainer"
 """The container that runs a step."""
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from redis.asyncio import Redis
 
 from qtt_core.errors import LedgerError, SpecError, StaleEpochError, StoreUnavailableError
-from qtt_core.ledger.fold import step_epochs
-from qtt_core.plan import Action, Commit, OpenStep, Plan, RecordNote
+from qtt_core.ledger.fold import EVALUATE_NOTE, FINETUNE_NOTE, RETRY_NOTE, step_epochs
+from qtt_core.plan import Action, Commit, EmitEvent, OpenStep, Plan, RecordNote
+from qtt_core.wishes import note_key
 from qtt_operator.active_run import (
     ActiveRun,
     Key,
@@ -23,21 +23,21 @@ from qtt_operator.active_run import (
     apply_spec,
     check_pod,
     start_run,
+    wishes_of,
 )
 from qtt_operator.cluster import RUNS, Cluster, Object
 from qtt_operator.cluster_backend import ClusterBackend, Copies, is_recorded
 from qtt_operator.cluster_events import Events
-from qtt_operator.cluster_status import Truth, ended, is_true
+from qtt_operator.cluster_status import Truth, ended
 from qtt_operator.job_ends import seconds
 from qtt_operator.leader import LeadershipLostError
 from qtt_operator.metrics import Metrics
 from qtt_operator.optimizer_share import OptimizerShare
 from qtt_operator.redis_client import redacted
 from qtt_operator.redis_ledger import RedisLedger
-from qtt_operator.regression import RETRY_ANNOTATION, missing_steps, open_again, retry
 from qtt_operator.settings import OperatorSettings
 from qtt_operator.status_writer import StatusWriter
-from qtt_operator.turn import gather, moved, pause_seconds, run_turn, tell_the_rest
+from qtt_operator.turn import moved, pause_seconds, run_turn, tell_the_rest
 
 log = logging.getLogger(__name__)
 
@@ -71,15 +71,16 @@ class Reconciler:
         self._cluster, self._copies, self._settings = cluster, copies, settings
         self._share, self._enqueue, self._fatal = share, enqueue, fatal
         self._metrics, self._clock = metrics, clock
+        self._events = Events(cluster, instance=instance)
         self._status = StatusWriter(
             cluster, settings=settings, store=redacted(settings.redis_url),
-            events=Events(cluster, instance=instance), stored=self._stored, clock=clock,
+            events=self._events, stored=self._stored, clock=clock,
         )  # fmt: skip
         self._around = Surroundings(
             cluster=cluster, copies=copies, share=share, settings=settings, epoch=epoch,
             clock=clock, ledger_of=lambda uid: RedisLedger(store, uid, epoch), enqueue=enqueue,
             others_open=self._open_jobs,
-            commit_delay_seconds=lambda: self.commit_delay_seconds,
+            commit_delay_seconds=lambda: self.commit_delay_seconds, tell=self._tell,
         )  # fmt: skip
         self.objects: dict[Key, Object] = {}
         self.active: dict[Key, ActiveRun] = {}
@@ -125,11 +126,11 @@ class Reconciler:
             return await self._bring_forward(key, found, run)
         except SpecError as error:
             result = "invalid"
-            return await self._held(key, "Accepted", "Invalid", error)
+            return await self._held(key, "Accepted", "Invalid", str(error))
         except StoreUnavailableError as error:
             result = "store"
             self._metrics.add("store_errors", "turn")
-            await self._held(key, "StoreAvailable", "Unreachable", error)
+            await self._held(key, "StoreAvailable", "Unreachable", str(error))
             return STORE_AWAY_SECONDS
         except LedgerError as error:
             result = "ledger"
@@ -137,7 +138,7 @@ class Reconciler:
                 await self._drop(run)
                 return 0.0
             log.error("%s/%s: %s", *key, error)
-            return await self._held(key, "StoreAvailable", "DataRegressed", error)
+            return await self._held(key, "StoreAvailable", "DataRegressed", str(error))
         except (StaleEpochError, LeadershipLostError) as error:
             self._fatal(error)
             return None
@@ -150,7 +151,7 @@ class Reconciler:
 
     async def _bring_forward(self, key: Key, found: Object, run: ActiveRun | None) -> float | None:
         if run is None:
-            if self._is_over(found):
+            if await self._is_over(found):
                 return await self._after_the_end(found)
             run = self.active[key] = await start_run(key, found, self._around)
         elif run.generation != found["metadata"]["generation"]:
@@ -165,11 +166,11 @@ class Reconciler:
             why = Truth(type="Accepted", status=False, reason="PodRejected", message=run.rejected)
             await self._status.say(found, why, run)
             return self._settings.resync_seconds
-        await self._repair(run, found)
+        run.listen(found)
         plan, again = await self._turns(run)
         self._count(run)
-        if missing_steps(run.context.state, run.status):
-            await self._behind(run, found)
+        if plan.held is not None and plan.held[0] == "DataRegressed":
+            await self._held(key, "StoreAvailable", *plan.held)  # what was counted stays
             return STORE_AWAY_SECONDS if again is None else again
         if run.context.state.closed is not None and again is None:
             return await self._finish(run, plan) if run.is_still else STORE_AWAY_SECONDS
@@ -177,39 +178,19 @@ class Reconciler:
         pause = pause_seconds(plan) if again is None else again
         return min(pause, self._settings.resync_seconds, held_back)
 
-    def _is_over(self, found: Object) -> bool:
-        """Whether the status says so, no Job waits for its record and nobody asks for a retry."""
+    async def _is_over(self, found: Object) -> bool:
+        """Whether the status says so, no Job waits for its record and no wish is new."""
         jobs = self._copies.jobs.of_run(_uid(found))
-        asked = RETRY_ANNOTATION in (found["metadata"].get("annotations") or {})
-        failed = is_true((found.get("status") or {}).get("conditions") or [], "Failed")
-        return ended(found) and all(map(is_recorded, jobs)) and not (asked and failed)
-
-    async def _repair(self, run: ActiveRun, found: Object) -> None:
-        """Tell the ledger what only Jobs and annotations know; open nothing while it is behind."""
-        context = run.context
-        if not run.checked:
-            await gather(context)
-        behind = missing_steps(context.state, run.status)
-        if behind or not run.checked:
-            if await open_again(run, self._cluster):
-                await gather(context)
-            run.checked = True
-        token = (found["metadata"].get("annotations") or {}).get(RETRY_ANNOTATION)
-        if token and await retry(run, token) and behind:
-            run.status = {**run.status, "consumed": {}}  # a person accepts what is left
-            behind = 0
-        spec = run.backend.owner.run.spec
-        context.run = replace(context.run, spec=replace(spec, suspend=True) if behind else spec)
-
-    async def _behind(self, run: ActiveRun, found: Object) -> None:
-        """Say that the store lost results; the status is left as it was."""
-        behind = missing_steps(run.context.state, run.status)
-        message = (
-            f"the store lacks {behind} steps that were counted; Jobs that are still there were read"
-            f" again. Restore Redis, or go on without them: annotate {RETRY_ANNOTATION}=<token>"
-        )
-        truth = Truth(type="StoreAvailable", status=False, reason="DataRegressed", message=message)
-        await self._status.say(found, truth, run)
+        if not ended(found) or not all(map(is_recorded, jobs)):
+            return False
+        wishes = wishes_of(found)
+        given = {
+            RETRY_NOTE: wishes.retry,
+            FINETUNE_NOTE: wishes.finetune,
+            EVALUATE_NOTE: wishes.evaluate,
+        }
+        keys = [note_key(what, value) for what, value in given.items() if value.strip()]
+        return not keys or await self._around.ledger_of(_uid(found)).noted(keys)
 
     async def _turns(self, run: ActiveRun) -> tuple[Plan, float | None]:
         """Turns until nothing moves: (last plan, 0.0 if more are waiting)."""
@@ -247,11 +228,18 @@ class Reconciler:
         await self._cluster.delete(RUNS, namespace, name, uid=_uid(found), foreground=False)
         return None
 
-    async def _held(self, key: Key, condition: str, reason: str, error: Exception) -> float:
+    async def _held(self, key: Key, condition: str, reason: str, message: str) -> float:
         """Say why a run cannot go on; it is looked at again with the next change or resync."""
-        truth = Truth(type=condition, status=False, reason=reason, message=str(error))
+        truth = Truth(type=condition, status=False, reason=reason, message=message)
         await self._status.say(self.objects[key], truth, self.active.get(key))
         return self._settings.resync_seconds
+
+    async def _tell(self, key: Key, event: EmitEvent) -> None:
+        log.info("%s/%s: %s: %s", *key, event.reason, event.message)
+        if key in self.objects:
+            await self._events.emit(
+                self.objects[key], reason=event.reason, message=event.message, warning=event.warning
+            )
 
     async def _drop(self, run: ActiveRun) -> None:
         await run.close()

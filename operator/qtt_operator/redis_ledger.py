@@ -102,6 +102,12 @@ class RedisLedger:
             )
         return bool(found)
 
+    async def noted(self, keys: Sequence[str]) -> bool:
+        """Whether all of these deduplication keys have been used."""
+        with store_errors(self.client):
+            found: Any = await self.client.hmget(self.key("done"), list(keys)) if keys else []
+        return all(found)
+
     async def configs(self) -> dict[str, Config]:
         """Config id -> canonical configuration of every opened configuration."""
         raw = await self._hash("cfg")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -37,6 +37,7 @@ from qtt_core.steps import (
     Proposal,
     Recommendation,
 )
+from qtt_core.wishes import wants_candidates
 from qtt_operator.documents import RunContents, job_document
 from qtt_operator.names import job_name
 from qtt_operator.observe import classify
@@ -130,6 +131,11 @@ class OptimizerPort(Protocol):
 # --- the state a turn carries to the next: a cache, never the truth ------------------------------
 
 
+async def _logged(event: p.EmitEvent) -> None:
+    level = logging.WARNING if event.warning else logging.INFO
+    log.log(level, "%s: %s", event.reason, event.message)
+
+
 @dataclass(slots=True, kw_only=True)
 class RunContext:
     """One run in this process. Everything here but the ports can be rebuilt from the ledger."""
@@ -144,7 +150,17 @@ class RunContext:
     """Checkpoint folders the next job of a configuration may delete."""
     clock: Callable[[], float] = time.time
     retry_token: str = ""
-    """The newest value of the annotation `quicktune.dev/retry`."""
+    finetune: str = ""
+    evaluate: str = ""
+    """The values of the annotations `quicktune.dev/retry`, `…/finetune` and `…/evaluate`."""
+    candidates: Callable[[RunContext], tuple[p.Candidate, ...]] = lambda _context: ()
+    """Configurations with a score, best first, for a wish to choose from."""
+    counted_steps: int = 0
+    """Steps that the status had counted when this process began."""
+    say: Callable[[p.EmitEvent], Awaitable[None]] = _logged
+    """Tells people; on a cluster an Event."""
+    decisions: set[str] = field(default_factory=set)
+    """Hashes of every decision in the ledger."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     state: LedgerState = field(default_factory=LedgerState)
     events: list[Event] = field(default_factory=list)
@@ -193,9 +209,14 @@ async def gather(context: RunContext) -> p.PlannerInput:
     waiting = tuple(x for x in context.view.proposals if str(x.config_id) not in opened)
     context.view = replace(context.view, proposals=waiting)
     context.events.extend(tail)
+    context.decisions |= {event.h for event in tail if isinstance(event, Open)}
     context.state = fold(tail, context.state)
     context.observed = _with_verdicts(context, await context.backend.observe())
     view = replace(context.view, answered=context.answered_at == context.view.told)
+    wishes = p.Wishes(
+        retry=context.retry_token, finetune=context.finetune, evaluate=context.evaluate
+    )
+    wanted = wants_candidates(context.state, wishes, context.run.spec.fidelity.max)
     return p.PlannerInput(
         spec=context.run.spec,
         identity=context.run.identity,
@@ -203,7 +224,9 @@ async def gather(context: RunContext) -> p.PlannerInput:
         observed=context.observed,
         optimizer=view,
         now=context.clock(),
-        retry_token=context.retry_token,
+        wishes=wishes,
+        candidates=context.candidates(context) if wanted else (),
+        counted_steps=context.counted_steps,
     )
 
 
@@ -250,6 +273,8 @@ async def _act(context: RunContext, action: p.Action) -> bool:  # noqa: C901 - o
             _abandon(context, action.config_id)
         case p.Ask():
             _start_call(context, _ask(context, action))
+        case p.EmitEvent():
+            await context.say(action)
         case p.Requeue():
             pass
     return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qtt_core.errors import LedgerError
 from qtt_core.ledger.events import (
@@ -39,8 +40,8 @@ GPU_REASONS = frozenset({State.INFRA_GPU.value})
 """Ends that are a node's fault: the next attempt runs elsewhere for a while."""
 
 DATA_REASONS = frozenset({State.BAD_DATA.value, State.DATASET_CHANGED.value})
-RETRY_NOTE = "retry"
-"""A note that a person asked to go on after failures in a row."""
+RETRY_NOTE, FINETUNE_NOTE, EVALUATE_NOTE = "retry", "finetune", "evaluate"
+"""`what` of notes of a person's wishes: go on after failures, train the best, score the kept."""
 
 USER_REASONS = frozenset({"Stopped"})
 INVALID_REASONS = frozenset({State.INVALID_CONFIG.value, State.IDENTITY_MISMATCH.value})
@@ -59,6 +60,8 @@ class OpenEntry:
     opened_id: str
     since: float
     """Time of the newest `open` or `retry`: when the present attempt began."""
+    why: Mapping[str, Any] = field(default_factory=dict)
+    """Of an evaluation: what it scores. Reasons of the others stay in the stream."""
     retries: tuple[str, ...] = ()
     """Reasons of the attempts that ended without a result, oldest first."""
     charged: float = 0.0
@@ -244,6 +247,7 @@ class _Folder:
         self.open[c] = OpenEntry(
             c=c, frm=event.frm, to=event.to, attempt=event.a, decision=event.h,
             reserved=event.res, opened_id=event.id, since=event.time,
+            why=event.why if is_evaluation(c) else {},
         )  # fmt: skip
 
     def on_done(self, event: Done) -> None:
@@ -280,6 +284,8 @@ class _Folder:
     def on_cancel(self, event: Cancel) -> None:
         self._end(event)
         self.attempts[event.c, event.to] = event.a + 1
+        if is_evaluation(event.c):
+            return  # says nothing about the search
         if event.reason == State.DATASET_CHANGED:
             self.dataset_changed, self.recheck = event.msg or event.reason, False
         if event.retire:

@@ -52,6 +52,8 @@ def result_of(command: str, document: JobDocument, volume: Volume) -> StepResult
     result = StepResult(attempt=document.attempt, nonce=document.nonce, state=State.OK)
     if command == "prepare":
         return replace(result, prepared=dict(FACTS))
+    if command == "evaluate":
+        return replace(result, scores=tuple(map(_scored, document.checkpoints)))
     epochs, cached = [], True
     for epoch in range(document.fidelity_from + 1, document.fidelity_to + 1):
         key = f"{document.config_id}-{epoch}"
@@ -60,6 +62,11 @@ def result_of(command: str, document: JobDocument, volume: Volume) -> StepResult
         epochs.append(Epoch(epoch=epoch, value=value, seconds=SECONDS_PER_EPOCH))
     volume.save()
     return replace(result, epochs=tuple(epochs), checkpoint_sha256="0" * 64, cached=cached)
+
+
+def _scored(folder: str) -> dict[str, Any]:
+    config_id, epoch = (int(part[1:]) for part in folder.split("/"))
+    return {"config_id": config_id, "fidelity": epoch, "n": FACTS["n_val"], "top1": 0.5}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import redis
 
-from qtt_core.ledger.events import Cancel, Close, Done, Event, Retry
+from qtt_core.ledger.events import Cancel, Close, Done, Event, Note, Open, Retry
 from qtt_core.results import EXIT_CODES, State, StepResult
 from qtt_operator.cluster import RUNS, Object
 from qtt_operator.names import OPEN_ANNOTATION
@@ -502,3 +502,79 @@ def test_a_run_that_failed_goes_on_after_a_retry_annotation(redis_store: Embedde
     _, events = play(redis_store, scenario)
 
     only_once(events)
+
+
+# --- what a person asks for by annotation ---------------------------------------------------------
+
+
+async def annotate(cluster: FakeCluster, **notes: str) -> None:
+    named = {f"quicktune.dev/{name}": value for name, value in notes.items()}
+    await cluster.patch(RUNS, "default", "toy", {"metadata": {"annotations": named}})
+
+
+def evaluations(events: list[Event]) -> list[Note]:
+    return [e for e in events if isinstance(e, Note) and e.what == "evaluation"]
+
+
+@pytest.mark.parametrize("kills", [0, 1], ids=["the same operator", "another one"])
+def test_a_run_that_is_over_has_its_best_checkpoint_scored_once(
+    redis_store: EmbeddedStore, kills: int
+) -> None:
+    cluster = FakeCluster()
+
+    async def main() -> list[Event]:
+        run = await cluster.create(RUNS, "default", manifest())
+        first = FakeOperator(cluster, redis_store)
+        async with first.running():
+            await complete(cluster, first)
+            await first.until(lambda: not first.reconciler.active)
+            if kills == 0:
+                await annotate(cluster, evaluate="t1 held-out:cub")
+                await first.until(lambda: len(cluster.jobs()) == 8 and not first.reconciler.active)
+        for epoch in range(2, 3 + kills):
+            later = FakeOperator(cluster, redis_store, epoch=epoch)
+            async with later.running():
+                await annotate(cluster, evaluate="t1 held-out:cub")
+                await later.until(
+                    lambda op=later: len(cluster.jobs()) == 8 and not op.reconciler.active
+                )
+        return await events_of(redis_store, run)
+
+    events = asyncio.run(main())
+
+    (note,) = evaluations(events)
+    assert '"top1":0.5' in note.new.replace(" ", "")
+    job = next(j for j in cluster.jobs() if "-eval-" in j["metadata"]["name"])
+    assert document_of(job)[0] == "evaluate"
+    assert document_of(job)[1].checkpoints
+    assert [e for e in events if isinstance(e, Close)][-1].reason == "BudgetExhausted"
+
+
+def test_an_evaluation_that_cannot_be_done_is_said(redis_store: EmbeddedStore) -> None:
+    async def scenario(cluster: FakeCluster, operator: FakeOperator) -> None:
+        await annotate(cluster, evaluate="t1 ../etc")
+        await complete(cluster, operator)
+        reasons = [o["reason"] for (plural, *_), o in cluster.objects.items() if plural == "events"]
+        assert "EvaluateRefused" in reasons
+
+    _, events = play(redis_store, scenario)
+
+    only_once(events)
+    assert not evaluations(events)
+
+
+def test_the_best_is_trained_to_the_last_epoch_on_request(redis_store: EmbeddedStore) -> None:
+    async def scenario(cluster: FakeCluster, operator: FakeOperator) -> None:
+        await operator.until(lambda: steps_of(operator) >= 4)
+        await annotate(cluster, finetune="t1 1")
+        await complete(cluster, operator)
+
+    _, events = play(redis_store, scenario, budget={"maxSteps": 16}, parallelism=1)
+
+    only_once(events, 16)
+    asked = [e for e in events if isinstance(e, Open) and e.why.get("rule") == "finetune"]
+    assert len({e.c for e in asked}) == 1
+    (note,) = [e for e in events if isinstance(e, Note) and e.what == "finetune"]
+    assert asked
+    assert asked[-1].to == 3
+    assert note.old == f"[{asked[0].c}]"

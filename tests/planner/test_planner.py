@@ -482,18 +482,20 @@ def test_a_close_records_the_limits_it_ended_under() -> None:
 
 def test_a_token_is_noted_once_and_reopens_a_failed_run_only() -> None:
     failed = make_ledger(closed=Close(id="5-0", reason="TooManyFailedConfigs"))
-    first = decide(replace(make_input(ledger=failed), retry_token="again-1"))
+    first = decide(replace(make_input(ledger=failed), wishes=p.Wishes(retry="again-1")))
     note = only(first, p.RecordNote)
     assert (note.event.kind, note.event.what, note.event.new) == ("note", "retry", "again-1")
 
     noted = replace(failed, notes=(replace(note.event, id="6-0"),), last_id="6-0")
-    second = only(decide(replace(make_input(ledger=noted), retry_token="again-1")), p.RecordNote)
+    second = only(
+        decide(replace(make_input(ledger=noted), wishes=p.Wishes(retry="again-1"))), p.RecordNote
+    )
     assert (second.event.kind, second.event.reason) == ("reopen", "Retried")
 
     older = replace(noted, closed=Close(id="7-0", reason="TooManyFailedConfigs"))
     complete = replace(noted, closed=Close(id="5-0", reason="GoalReached"))
     for state in (older, complete):
-        i = replace(make_input(ledger=state), retry_token="again-1")
+        i = replace(make_input(ledger=state), wishes=p.Wishes(retry="again-1"))
         assert kinds(decide(i)) == ["Requeue"]
 
 
