@@ -33,7 +33,7 @@ BUILDS = (
     ("build-image.sh", "--torch", "testbed.local/trainer:1", "{layout}", str(ROOT), "-f", f"{ROOT}/trainer_image/Dockerfile"),
     ("debian-image.sh", "testbed.local/redis:1", "{layout}", "redis-server", "--", "redis-server"),
 )
-KEEP = 2  # layouts of other states: another checkout may be importing one
+KEEP = 4  # layouts of other states: another checkout may be importing one
 
 
 def files() -> list[Path]:
