@@ -66,7 +66,7 @@ def controller_verb(arguments: argparse.Namespace) -> Outcome:
 async def run_operator(settings: OperatorSettings) -> None:
     """Wait for the Lease, then work until a signal. Leaves the process when leadership is lost."""
     cluster = await Cluster.connect(qps=settings.api_qps, burst=settings.api_burst)
-    store = client_of_url(settings.redis_url)
+    store = client_of_url(settings.redis_url, settings.redis_password_file)
     operator = Operator(cluster, store, settings)
     try:
         await operator.run()

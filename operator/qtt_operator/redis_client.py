@@ -11,18 +11,23 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import redis.exceptions as failures
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
 
 from qtt_core.errors import Fault, SpecError, StoreError, StoreUnavailableError
 
 EPOCH_KEY, RUNS_KEY = "qtt:epoch", "qtt:runs"
+
+RUN_FACTS = ("namespace", "install", "deletionPolicy")
+"""Of `meta`: where a run's TuningRun is, who works on it, and what is to become of its keys."""
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 30.0
@@ -42,18 +47,46 @@ class RunEntry:
     seen_at: float
     closed: str
     """Why it ended; empty while it goes on."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Of a run on a cluster: namespace, install, deletionPolicy; empty for any other."""
+    expires: bool = False
+    """Whether its keys have a time to live."""
 
 
-def client_of_url(url: str) -> Redis:
+class PasswordFile(CredentialProvider):
+    """A password that is read anew for every connection: a mounted Secret may be rotated."""
+
+    def __init__(self, username: str, path: Path) -> None:
+        self._username, self._path = username, path
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        """(user, password), or the password of the default user. Raises: OSError."""
+        password = self._path.read_text(encoding="utf-8").strip()
+        return (self._username, password) if self._username else (password,)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        """A file of a few bytes on a memory file system: no thread is worth it."""
+        return self.get_credentials()
+
+
+def client_of_url(url: str, password_file: str = "") -> Redis:
     """A client for `redis://`, `rediss://` or `unix://`; nothing is sent yet.
 
+    `password_file` takes the place of a password in the address. Options of TLS are given in the
+    address (`rediss://host?ssl_ca_certs=/etc/ca.crt`).
     Raises: SpecError for an address that cannot be used; the password is not repeated in it.
     """
     expected = "use redis://[user:password@]host[:port][/db], rediss://… or unix:///path"
-    if urlsplit(url).scheme not in _SCHEMES:
+    parts = urlsplit(url)
+    if parts.scheme not in _SCHEMES:
         raise SpecError([Fault("--redis-url", redacted(url), expected)])
+    options = _options()
+    if password_file:
+        user = unquote(parts.username or "")
+        options["credential_provider"] = PasswordFile(user, Path(password_file))
+        url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     try:
-        return Redis.from_url(url, **_options())
+        return Redis.from_url(url, **options)
     except ValueError as error:
         raise SpecError([Fault("--redis-url", redacted(url), f"{expected} ({error})")]) from error
 
@@ -202,14 +235,29 @@ async def find_runs(client: Redis) -> list[RunEntry]:
     """Every run the store knows, the most recently active first."""
     with store_errors(client):
         found: Any = await client.zrevrange(RUNS_KEY, 0, -1, withscores=True)
-        entries = []
-        for uid, seen in found:
-            meta: Any = await client.hmget(f"qtt:{{{uid}}}:meta", ["name", "closed"])
-            name, closed = meta
-            entries.append(
-                RunEntry(uid=uid, name=name or "", seen_at=float(seen), closed=closed or "")
-            )
-    return entries
+        return [await _entry(client, uid, float(seen)) for uid, seen in found]
+
+
+async def _entry(client: Redis, uid: str, seen: float) -> RunEntry:
+    names = ["name", "closed", *RUN_FACTS]
+    raw: Any = await client.hmget(run_key(uid, "meta"), names)
+    meta = {name: text for name, text in zip(names, raw, strict=True) if text}
+    left: Any = await client.pttl(run_key(uid, "meta"))
+    return RunEntry(
+        uid=uid, name=meta.get("name", ""), seen_at=seen, closed=meta.get("closed", ""),
+        facts={name: meta[name] for name in RUN_FACTS if name in meta}, expires=int(left) >= 0,
+    )  # fmt: skip
+
+
+async def forget_run(client: Redis, uid: str) -> None:
+    """Take a run off the list of known ones; its keys lie in another slot."""
+    with store_errors(client):
+        await client.zrem(RUNS_KEY, uid)
+
+
+def run_key(uid: str, name: str) -> str:
+    """A key of a run; the braces put all of them into one cluster slot."""
+    return f"qtt:{{{uid}}}:{name}"
 
 
 def _options() -> dict[str, Any]:

@@ -45,6 +45,7 @@ from qtt_operator.redis_client import (
     check_store,
     find_runs,
     next_epoch,
+    run_key,
     store_errors,
 )
 
@@ -73,8 +74,8 @@ class RedisLedger:
         return cls(client, uid, READ_ONLY)
 
     def key(self, name: str) -> str:
-        """A key of this run; the braces put all of them into one cluster slot."""
-        return f"qtt:{{{self.uid}}}:{name}"
+        """A key of this run."""
+        return run_key(self.uid, name)
 
     # --- reading ---
 
@@ -174,6 +175,26 @@ class RedisLedger:
     async def fence(self) -> Reply:
         """Shut out writers of older epochs; STALE if a newer one has done so to us."""
         reply, _ = await self._run("fence", ("meta",))
+        return reply
+
+    async def describe(self, facts: Mapping[str, str]) -> None:
+        """Note where the run's TuningRun is (`redis_client.RUN_FACTS`), and keep its keys.
+
+        Keys that were about to expire are kept: the run is there after all.
+        """
+        wire: dict[Any, Any] = dict(facts)
+        with store_errors(self.client):
+            await self.client.hset(self.key("meta"), mapping=wire)
+            left: Any = await self.client.pttl(self.key("meta"))
+        if int(left) >= 0:
+            await self.set_lifetime(None)
+        await self._register()
+
+    async def set_lifetime(self, seconds: int | None) -> Reply:
+        """Let all keys expire after so many seconds; None keeps them, 0 deletes them now."""
+        names = ["meta", "log", "cfg", "open", "done", "head", "top", "snap"]
+        names += [f"curve:{c}" for c in await self._hash("head") if c.isdigit()]
+        reply, _ = await self._run("lifetime", names, -1 if seconds is None else seconds)
         return reply
 
     async def save_snapshot(self, stream_id: str, data: bytes, *, version: str) -> Reply:

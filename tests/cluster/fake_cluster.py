@@ -65,7 +65,7 @@ class FakeCluster:
         items = [
             found
             for (plural, where, _), found in sorted(self.objects.items())
-            if plural == resource.plural and namespace in {"", where} and selector in _labels(found)
+            if plural == resource.plural and namespace in {"", where} and _has(found, selector)
         ]
         start = int(token or 0)
         rest = len(items) - start - limit
@@ -127,7 +127,7 @@ class FakeCluster:
             raise ClusterError("too old resource version", status=410, reason="Expired")
         queue: asyncio.Queue[Object | None] = asyncio.Queue()
         for at, kind, plural, found in self.log:
-            if plural == resource.plural and at > int(version) and selector in _labels(found):
+            if plural == resource.plural and at > int(version) and _has(found, selector):
                 queue.put_nowait({"type": kind, "object": copy.deepcopy(found)})
         self.watchers.append((resource, queue))
 
@@ -269,6 +269,12 @@ def _conditions(found: Object) -> list[Object]:
 
 def _labels(found: Object) -> dict[str, str]:
     return found["metadata"].get("labels") or {}
+
+
+def _has(found: Object, selector: str) -> bool:
+    """Whether an object has a label, of a value where the selector says one."""
+    name, given, value = selector.partition("=")
+    return name in _labels(found) and (not given or _labels(found)[name] == value)
 
 
 def _key(plural: str, found: Object) -> Key:

@@ -151,7 +151,7 @@ def test_all_keys_of_a_run_share_one_slot_and_one_prefix(redis_store: EmbeddedSt
 def test_scripts_touch_only_declared_keys(script: Path) -> None:
     """A key built inside a script would lie in another slot of a cluster."""
     text = re.sub(r"--.*", "", script.read_text())
-    declared = set(re.findall(r"(\w+)(?=[,\s\w]*=\s*KEYS\[1\])", text)) | {"KEYS[1]"}
+    declared = set(re.findall(r"(\w+)(?=[,\s\w]*=\s*KEYS\[1\])", text)) | {"KEYS[1]", "KEYS[i]"}
     names = re.search(r"local ([\w, ]+) = KEYS\[1\]", text)
     if names:
         declared |= {name.strip() for name in names.group(1).split(",")}
@@ -164,7 +164,9 @@ def test_scripts_touch_only_declared_keys(script: Path) -> None:
 
 
 def test_every_script_ships_with_the_package() -> None:
-    assert {path.stem for path in LUA.glob("*.lua")} == {"open", "commit", "note", "fence", "snap"}
+    assert {path.stem for path in LUA.glob("*.lua")} == {
+        "open", "commit", "note", "fence", "snap", "lifetime",
+    }  # fmt: skip
 
 
 def test_runs_are_listed_with_the_latest_first(redis_store: EmbeddedStore) -> None:
@@ -330,6 +332,50 @@ def test_a_key_of_another_type_is_a_store_error(redis_store: EmbeddedStore) -> N
             await ledger.note(run_event(), key="run")
 
     on(redis_store, scenario)
+
+
+def test_a_rotated_password_is_read_at_the_next_connection(
+    redis_store: EmbeddedStore, tmp_path: Path
+) -> None:
+    """The file is a mounted Secret; the address holds the user's name and no password."""
+    file = tmp_path / "password"
+
+    async def scenario(admin: Redis) -> None:
+        async def set_password(password: str) -> None:
+            rules = ["reset", "on", f">{password}", "~qtt:*", "+@all"]
+            await admin.execute_command("ACL", "SETUSER", "rotated", *rules)
+
+        await set_password("first")
+        file.write_text("first\n")
+        client = client_of_url(f"unix://rotated@{redis_store.socket}", str(file))
+        ledger = RedisLedger(client, fresh_uid(), 1)
+        try:
+            assert await ledger.fence() is Reply.OK
+            await set_password("second")
+            await client.connection_pool.disconnect()
+            with pytest.raises(StoreUnavailableError, match="invalid username-password"):
+                await ledger.fence()
+            file.write_text("second")
+            assert await ledger.fence() is Reply.OK
+            file.unlink()
+            await client.connection_pool.disconnect()
+            with pytest.raises(StoreUnavailableError, match="No such file"):
+                await ledger.fence()
+        finally:
+            await client.aclose()
+            await admin.execute_command("ACL", "DELUSER", "rotated")
+
+    on(redis_store, scenario)
+
+
+def test_options_of_tls_come_with_the_address(tmp_path: Path) -> None:
+    ca = tmp_path / "ca.crt"
+    client = client_of_url(f"rediss://me@db.example:6380/0?ssl_ca_certs={ca}", str(ca))
+    known = client.connection_pool.connection_kwargs
+
+    assert known["ssl_ca_certs"] == str(ca)
+    assert known["credential_provider"] is not None
+    assert "username" not in known
 
 
 def test_addresses_are_shown_without_credentials() -> None:
