@@ -88,11 +88,11 @@ def _infra(entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec) -> Fa
     if reason == Cause.PENDING:
         return _cancel(entry, verdict, end, spec, retire=False)
     if reason == Cause.OOM_KILLED and oom_kills(entry) >= OOM_KILLS:
-        return _fail(entry, State.OOM, end, spec, "killed for memory again and again")
+        return _give_up(entry, State.OOM, end, spec, "killed for memory again and again")
     if reason in TIMEOUTS and _progressed(verdict):
         return _retry(entry, replace(verdict, reason=MOVED), end, spec)
     if reason in TIMEOUTS and _count(entry, *TIMEOUTS) + 1 >= STUCK_AFTER:
-        return _fail(entry, State.INFEASIBLE, end, spec, "ran out of time twice without finishing")
+        return _give_up(entry, State.INFEASIBLE, end, spec, "ran out of time twice")
     if reason == State.CHECKPOINT_CORRUPT.value and _count(entry, reason) + 1 >= CORRUPT_LIMIT:
         return _cancel(entry, verdict, end, spec, retire=True)
     if reason == State.WEIGHTS_CORRUPT.value and _count(entry, reason) >= 1:
@@ -122,7 +122,11 @@ def _result(entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec) -> D
     )  # fmt: skip
 
 
-def _fail(entry: OpenEntry, state: State, end: JobEnd, spec: RunSpec, why: str) -> Fail:
+def _give_up(entry: OpenEntry, state: State, end: JobEnd, spec: RunSpec, why: str) -> Fail | Cancel:
+    """A fact about a configuration; `prepare` has none, and must stay free to be opened again."""
+    if not entry.c.isdigit():
+        verdict = Verdict(kind=Ending.INFRA, reason=state.value, message=why)
+        return _cancel(entry, verdict, end, spec, retire=False)
     return Fail(
         c=entry.c, to=entry.to, a=entry.attempt, state=state.value, msg=why,
         dev=charged_seconds(end, spec), q=end.queue_seconds,

@@ -90,6 +90,21 @@ def test_the_event_that_records_an_end(
     assert event.a == len(past) + (kind == "retry")
 
 
+@pytest.mark.parametrize(
+    ("reason", "past", "word"),
+    [("timeout", ("timeout",), "infeasible"), ("OOMKilled", ("OOMKilled",) * 2, "oom")],
+)
+def test_prepare_that_never_ends_is_cancelled_so_that_it_may_be_opened_again(
+    reason: str, past: tuple[str, ...], word: str
+) -> None:
+    """A `fail` marks its step as done: the ledger refused the next `prepare` for ever."""
+    waiting = replace(entry(*past), c="prepare", frm=0, to=1)
+    event = settle(waiting, infra(reason), END, SPEC)
+
+    assert isinstance(event, Cancel)
+    assert (event.reason, event.retire, event.dev) == (word, False, 10.0)
+
+
 def test_a_time_out_that_made_progress_is_retried_for_ever() -> None:
     """`progress` is what the message of qtt_trainer says: updates saved by this attempt."""
     trained = StepResult(attempt=1, nonce="n", state=State.TIMEOUT, timing={"progress": 12.0})
