@@ -62,7 +62,7 @@ def helm_template(helm: str, chart: Path) -> Callable[..., subprocess.CompletedP
     def call(values: Object, *words: str) -> subprocess.CompletedProcess[str]:
         command = [helm, "template", "quicktune-operator", str(chart), *words, "--values", "-"]
         return subprocess.run(
-            [*command, "--namespace", "quicktune-system"],
+            [*command, "--namespace", "quicktune-system", "--kube-version", "1.29.0"],
             input=yaml.safe_dump(values), capture_output=True, text=True, check=False,
         )  # fmt: skip
 

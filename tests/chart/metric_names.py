@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from qtt_operator.metrics import COUNTERS, GAUGES, HISTOGRAMS
 
+NAMES = (*GAUGES, *COUNTERS, *HISTOGRAMS)
 TARGET = {"job", "instance"}
 """Labels that Prometheus adds to all it scrapes; `namespace` too, where a metric has none."""
 

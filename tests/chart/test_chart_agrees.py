@@ -19,7 +19,7 @@ from qtt_operator.settings import ClaimDefaults, OperatorSettings, load_settings
 
 Render = Callable[..., list[Object]]
 
-VERBS = {"get": "get", "list": "list", "create": "create", "replace": "update", "patch": "patch",
+VERBS = {"get": "get", "page": "list", "create": "create", "replace": "update", "patch": "patch",
          "delete": "delete", "watch": "watch"}  # fmt: skip
 FOLLOWED = {("quicktune.dev", "tuningruns"), ("batch", "jobs"), ("", "pods")}
 """Watched by kopf or by an informer, which is told its resource at run time."""
