@@ -61,6 +61,8 @@ class Limits:
     micro_batch: int | None = None
     threads: int | None = None
     workers: int | None = None
+    oom_kills: int = 0
+    """Attempts that the host killed for memory: each halves the loader's workers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +232,7 @@ def _limits(fields: Fields) -> Limits:
         micro_batch=fields.optional_integer("micro_batch", low=1),
         threads=fields.optional_integer("threads", low=1),
         workers=fields.optional_integer("workers", low=0),
+        oom_kills=fields.integer("oom_kills", low=0),
     )
     fields.raw("wall_s")
     fields.refuse_unknown()

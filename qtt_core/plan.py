@@ -296,8 +296,9 @@ class Evaluation:
 class CreateJob:
     """Start the present attempt of an open decision.
 
-    `oom_kills`: how often it was killed for host memory: fewer workers, more memory.
-    `avoid_nodes`: nodes whose device failed lately. `evaluation`: of kind `evaluate` only.
+    `oom_kills`: how often the host killed it for memory: fewer loader workers.
+    `memory_factor`: of the memory that the manifest gives it. `avoid_nodes`: nodes whose device
+    failed lately. `evaluation`: of kind `evaluate` only.
     """
 
     kind: str
@@ -309,6 +310,7 @@ class CreateJob:
     timeout_seconds: float
     allow_restart: bool = False
     oom_kills: int = 0
+    memory_factor: float = 1.0
     avoid_nodes: tuple[str, ...] = ()
     evaluation: Evaluation | None = None
 

@@ -80,7 +80,14 @@ from qtt_core.plan import (
     Tell,
     Verdict,
 )
-from qtt_core.settle import charged_seconds, may_restart, oom_kills, retry_delay, settle
+from qtt_core.settle import (
+    charged_seconds,
+    may_restart,
+    memory_factor,
+    oom_kills,
+    retry_delay,
+    settle,
+)
 from qtt_core.steps import Proposal, canonical_json, decision_hash, digest
 from qtt_core.wishes import evaluate, finetune, is_new, note_key
 
@@ -294,7 +301,8 @@ def _recreate(i: PlannerInput) -> Iterator[Action]:
                 c=entry.c, frm=entry.frm, to=entry.to, attempt=entry.attempt,
                 decision=entry.decision, allow_restart=may_restart(entry),
                 timeout_seconds=step_timeout(i, entry.c, entry.reserved),
-                oom_kills=oom_kills(entry), avoid_nodes=_avoided(i),
+                oom_kills=oom_kills(entry), memory_factor=memory_factor(entry),
+                avoid_nodes=_avoided(i),
                 evaluation=Evaluation.from_json(entry.why) if is_evaluation(entry.c) else None,
             )  # fmt: skip
 

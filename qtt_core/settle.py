@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qtt_core.ledger.events import Cancel, Done, Fail, Retry
+from qtt_core.ledger.events import Cancel, Done, Fail, Retry, is_pseudo
 from qtt_core.ledger.fold import APP_REASONS, OpenEntry
 from qtt_core.plan import Cause, Ending, JobEnd, Verdict
 from qtt_core.results import State
@@ -25,14 +25,18 @@ UNCOUNTED = frozenset(
         Cause.EVICTED.value,
         Cause.STOPPED.value,
         State.PREEMPTED.value,
+        State.OOM.value,
         MOVED,
     }
 )
-"""Ends that say nothing about the step: retried without limit."""
+"""Ends that say nothing about the step, or have a limit of their own: retried at once."""
 
 TIMEOUTS = (State.TIMEOUT.value, Cause.DEADLINE.value)
 STUCK_AFTER = 2
 """Time-outs without progress before a configuration counts as infeasible."""
+
+GROWTH = 1.5
+"""More memory with every attempt that lacked some."""
 
 OOM_KILLS = 2
 """Host out-of-memory kills that are retried before the configuration counts as too large."""
@@ -81,6 +85,11 @@ def oom_kills(entry: OpenEntry) -> int:
     return _count(entry, Cause.OOM_KILLED.value)
 
 
+def memory_factor(entry: OpenEntry) -> float:
+    """How much more memory than the manifest says the present attempt is given."""
+    return GROWTH ** _count(entry, Cause.OOM_KILLED.value, State.OOM.value)
+
+
 def _infra(entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec) -> Fail | Retry | Cancel:
     reason = verdict.reason
     if reason in UNCOUNTED:
@@ -88,6 +97,8 @@ def _infra(entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec) -> Fa
     if reason == Cause.PENDING:
         return _cancel(entry, verdict, end, spec, retire=False)
     if reason == Cause.OOM_KILLED and oom_kills(entry) >= OOM_KILLS:
+        if _may_grow(entry, spec):
+            return _retry(entry, replace(verdict, reason=State.OOM.value), end, spec)
         return _give_up(entry, State.OOM, end, spec, "killed for memory again and again")
     if reason in TIMEOUTS and _progressed(verdict):
         return _retry(entry, replace(verdict, reason=MOVED), end, spec)
@@ -103,11 +114,19 @@ def _infra(entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec) -> Fa
     return _retry(entry, verdict, end, spec)
 
 
-def _result(entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec) -> Done | Fail:
+def _may_grow(entry: OpenEntry, spec: RunSpec) -> bool:
+    """Whether a decision that did not fit is tried once more, with more memory."""
+    larger = spec.failure_policy.on_oom == "RetryLarger" and not is_pseudo(entry.c)
+    return larger and not _count(entry, State.OOM.value)
+
+
+def _result(entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec) -> Done | Fail | Retry:
     result = verdict.result
     assert result is not None  # by construction of RESULT
     assert verdict.state is not None
     charged = charged_seconds(end, spec)
+    if verdict.state is State.OOM and _may_grow(entry, spec):
+        return _retry(entry, verdict, end, spec)
     if verdict.state in {State.OOM, State.INFEASIBLE}:
         return Fail(
             c=entry.c, to=entry.to, a=entry.attempt, state=verdict.state.value, dev=charged,

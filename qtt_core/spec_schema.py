@@ -287,12 +287,12 @@ TRAINER = section(
     "Who trains: the image that is shipped, or one of your own.",
     {
         "custom": boolean(
-            "The template's image brings its own trainer and keeps the process contract.",
+            "The template's image brings its own trainer and keeps the process contract; one "
+            "machine has no such image and refuses it.",
             default=False,
-            reach=INERT,
         ),
         "devices": integer(
-            "Devices a step; more than 1 with trainer.custom only.", 1, 64, default=1, reach=INERT
+            "Devices a step; more than 1 with trainer.custom only.", 1, 64, default=1
         ),
     },
     default={},
@@ -399,12 +399,12 @@ FAILURE_POLICY = section(
             "The run fails beyond this; absent: half of search.poolSize, at least 10.", 1, INT64
         ),
         "onOOM": choice(
-            "What happens to a configuration that does not fit: it is closed, or tried once more "
-            "with more memory (on a cluster).",
+            "What happens to a configuration that does not fit into memory: it is closed, or tried "
+            "once more with 1.5 times the memory that template gives trainer. Devices cannot be "
+            "enlarged, nor can one machine: there it is tried once more as it is.",
             "FailConfig",
             "RetryLarger",
             default="FailConfig",
-            reach=INERT,
         ),
         "stepTimeout": duration(
             "Limit of one Job; absent: 10 times the expected time + 5 min, at least 15 min."

@@ -58,7 +58,7 @@ def job_document(
         nonce=nonce(job.decision, job.attempt),
         task=_task(run, ledger),
         paths=Paths(root=run.places.root, weights=run.places.weights, cache=run.places.cache),
-        limits=Limits(wall_s=_wall(job.timeout_seconds)),
+        limits=Limits(wall_s=_wall(job.timeout_seconds), oom_kills=job.oom_kills),
         flags=Flags(allow_restart=job.allow_restart, offline=run.places.offline),
         seed=run.identity.seed,
         step=step_key(int(job.c), job.to) if job.c.isdigit() else step_key(job.c, job.to),

@@ -17,6 +17,7 @@ from qtt_core.ledger.events import Open
 from qtt_core.plan import CreateJob
 from qtt_core.spec_rules import is_device
 from qtt_operator.claims import claim_name, is_on_one_node, is_per_config
+from qtt_operator.lessons import avoid, enlarge
 from qtt_operator.merging import merge
 from qtt_operator.names import CHORES, RUN_UID_LABEL, TRAINER
 from qtt_operator.owner import Object, RunObject
@@ -56,6 +57,10 @@ def build_pod_spec(owner: RunObject, request: JobRequest, settings: OperatorSett
         _without_devices(pod)
     pod = merge(pod, _owned_pod(owner, request, settings))
     trainer = _container(pod, TRAINER)
+    if request.job.memory_factor > 1:
+        enlarge(trainer, request.job.memory_factor)
+    together = is_on_one_node(owner.run.spec, settings.checkpoint_defaults)
+    avoid(pod, request.job.avoid_nodes, must=not together)
     if request.job.kind in CHORES:
         trainer["resources"] = CHORE_RESOURCES
         if owner.run.spec.trainer.custom:

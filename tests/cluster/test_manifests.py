@@ -153,6 +153,64 @@ def test_an_image_of_the_users_own_keeps_its_command() -> None:
     assert trainer(job)["args"] == ["step"]
 
 
+def after(pod: dict[str, Any], **lessons: Any) -> Any:
+    """The pod of an attempt whose forerunners ended badly."""
+    order = request()
+    order = replace(order, job=replace(order.job, **lessons))
+    shared = {"volumeClaimTemplate": {"accessModes": ["ReadWriteMany"], "resources": {}}}
+    run = owner(template={"spec": pod}, checkpoint=shared)
+    return pod_of(build_job(run, order, SETTINGS))
+
+
+@pytest.mark.parametrize(
+    ("quantity", "larger"),
+    [
+        ("4Gi", "6144Mi"),
+        ("1000M", "1431Mi"),
+        ("1e9", "1431Mi"),
+        (2**30, "1536Mi"),
+        ("half", "half"),
+    ],
+)
+def test_an_attempt_after_one_that_lacked_memory_gets_more(quantity: object, larger: str) -> None:
+    memory = {"requests": {"memory": quantity, "cpu": "2"}, "limits": {"memory": quantity}}
+    pod = after({"containers": [{"name": "trainer", "resources": memory}]}, memory_factor=1.5)
+
+    resources = pod["containers"][0]["resources"]
+    assert resources == {
+        "requests": {"memory": larger, "cpu": "2"}, "limits": {"memory": larger},
+    }  # fmt: skip
+
+
+def test_an_attempt_avoids_nodes_whose_device_failed_and_keeps_the_templates_wishes() -> None:
+    zones = [
+        {"matchExpressions": [{"key": "zone", "operator": "In", "values": [zone]}]}
+        for zone in ("a", "b")
+    ]
+    wish = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": zones}}
+    plain = after({}, avoid_nodes=("n1", "n2"))["affinity"]
+    merged = after({"affinity": {"nodeAffinity": wish}}, avoid_nodes=("n1",))["affinity"]
+
+    def terms(affinity: Any) -> Any:
+        found = affinity["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        return [t["matchExpressions"] for t in found["nodeSelectorTerms"]]
+
+    elsewhere = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["n1"]}
+    assert terms(plain) == [[{**elsewhere, "values": ["n1", "n2"]}]]
+    assert terms(merged) == [[zone["matchExpressions"][0], elsewhere] for zone in zones]
+    assert "affinity" not in after({})
+
+
+def test_a_run_bound_to_one_node_only_prefers_another() -> None:
+    """Its volume is there: a pod that must not go there would never start."""
+    order = request()
+    order = replace(order, job=replace(order.job, avoid_nodes=("n1",)))
+    affinity = pod_of(build_job(owner(), order, SETTINGS))["affinity"]
+
+    assert list(affinity["nodeAffinity"]) == ["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert "podAffinity" in affinity
+
+
 def test_the_install_comes_before_the_template() -> None:
     settings = replace(
         SETTINGS, pod_defaults={"nodeSelector": {"pool": "a"}, "priorityClassName": "low"}

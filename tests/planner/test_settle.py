@@ -19,7 +19,7 @@ from qtt_core.results import (
     State,
     StepResult,
 )
-from qtt_core.settle import UNCOUNTED, may_restart, retry_delay, settle
+from qtt_core.settle import UNCOUNTED, may_restart, memory_factor, retry_delay, settle
 from qtt_core.spec import Budget, Dataset, FailurePolicy, RunSpec, Trainer
 
 COUNTERS = {
@@ -88,6 +88,31 @@ def test_the_event_that_records_an_end(
     assert (event.c, event.to, event.dev, event.q) == ("4", 3, 10.0, 2.0)
     assert getattr(event, "retire", None) == retire
     assert event.a == len(past) + (kind == "retry")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "past", "kind"),
+    [
+        (result(State.OOM), (), "retry"),
+        (result(State.OOM), ("oom",), "fail"),
+        (result(State.OOM), ("infra_gpu",), "retry"),
+        (infra("OOMKilled"), ("OOMKilled",), "retry"),
+        (infra("OOMKilled"), ("OOMKilled",) * 2, "retry"),
+        (infra("OOMKilled"), ("OOMKilled",) * 2 + ("oom",), "fail"),
+        (result(State.INFEASIBLE), (), "fail"),
+    ],
+)
+def test_what_does_not_fit_is_tried_once_more_with_more_memory_on_request(
+    verdict: Verdict, past: tuple[str, ...], kind: str
+) -> None:
+    spec = replace(SPEC, failure_policy=FailurePolicy(on_oom="RetryLarger"))
+    event = settle(entry(*past), verdict, END, spec)
+
+    assert event.kind == kind
+    if isinstance(event, Retry):
+        again = entry(*past, event.reason)
+        assert memory_factor(again) == pytest.approx(1.5 * memory_factor(entry(*past)))
+        assert retry_delay(again) == 0 or event.reason == "OOMKilled"
 
 
 @pytest.mark.parametrize(

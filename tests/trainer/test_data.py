@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from qtt_core.jobs import JobDocument, Paths, Task
-from qtt_trainer import data, loaders, prepare
+from qtt_core.jobs import JobDocument, Limits, Paths, Task
+from qtt_trainer import data, loaders, precision, prepare
 from qtt_trainer.transforms import plan_transforms
 
 CONFIG = {
@@ -350,3 +350,22 @@ def test_a_split_with_an_unknown_class_or_without_images_is_refused(
         data.with_split(manifest, tmp_path, "empty")
     with pytest.raises(data.BadDataError, match="does not exist"):
         data.with_split(manifest, tmp_path, "nothing")
+
+
+@pytest.mark.parametrize(
+    ("device", "said", "kills", "count"),
+    [
+        ("cuda", 8, 0, 8), ("cuda", 8, 1, 4), ("cuda", 8, 2, 2), ("cuda", 1, 1, 0),
+        ("cuda", None, 0, 6), ("cuda", None, 1, 3), ("cpu", None, 1, 0),
+    ],
+)  # fmt: skip
+def test_each_kill_for_memory_halves_the_loaders_workers(
+    monkeypatch, device: str, said: int | None, kills: int, count: int
+) -> None:
+    monkeypatch.setattr(precision, "usable_cpus", lambda: 7)
+    job = JobDocument(
+        run_uid="r", attempt=kills, nonce="n", task=Task(data="/d"), paths=Paths(root="/r"),
+        limits=Limits(workers=said, oom_kills=kills),
+    )  # fmt: skip
+
+    assert precision.loader_workers(job, torch.device(device)) == count

@@ -91,10 +91,14 @@ def usable_cpus() -> int:
 
 
 def loader_workers(job: JobDocument, device: torch.device) -> int:
-    """DataLoader workers: none on a CPU, which the model needs itself; else one per spare core."""
-    if job.limits.workers is not None:
-        return job.limits.workers
-    return 0 if device.type == "cpu" else max(1, usable_cpus() - 1)
+    """DataLoader workers: none on a CPU, which the model needs itself; else one per spare core.
+
+    Half as many for each attempt that the host killed for memory.
+    """
+    count = job.limits.workers
+    if count is None:
+        count = 0 if device.type == "cpu" else max(1, usable_cpus() - 1)
+    return count >> job.limits.oom_kills
 
 
 def gpu_name(device: torch.device) -> str:
