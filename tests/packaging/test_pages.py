@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,18 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 FENCE = re.compile(r"^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?P<target>[^)#\s]+)(#[^)]*)?\)")
+
+VERBS = {
+    "kubectl": {
+        "annotate", "apply", "create", "delete", "describe", "exec", "get", "label", "logs",
+        "patch", "rollout", "scale", "wait",
+    },
+    "helm": {"install", "rollback", "test", "uninstall", "upgrade"},
+    "docker": {"build", "push"},
+    "kind": {"create", "load"},
+    "minikube": {"start", "image"},
+}  # fmt: skip
+"""Of programs that are not ours: the verbs our pages use."""
 
 each_page = pytest.mark.parametrize(
     "page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix()
@@ -53,8 +66,27 @@ def accept(words: list[str]) -> None:
         assert rest[:2] == ["-m", "pytest"] or (ROOT / rest[0]).is_file(), words
         for word in rest:
             assert not word.startswith("tests/") or (ROOT / word).exists(), words
+    elif program in VERBS:
+        assert rest[0] in VERBS[program], words
+        accept_files_and_values(rest)
     else:
         pytest.fail(f"a page shows a command that no test knows: {words}")
+
+
+def accept_files_and_values(words: list[str]) -> None:
+    """Fail for a file that is not there and for a value that the chart does not have."""
+    for option, value in pairwise(words):
+        if option in {"-f", "--filename", "--values"} and not value.startswith(
+            ("http", "-", "my-")
+        ):
+            assert (ROOT / value).exists(), words
+        if option == "--set":
+            found = yaml.safe_load((ROOT / "helm/quicktune-operator/values.yaml").read_text())
+            for name in value.partition("=")[0].split("."):
+                assert name in found, f"no such value of the chart: {value}"
+                found = found[name]
+    for word in words:
+        assert not word.startswith("helm/") or (ROOT / word).exists(), words
 
 
 @each_page
@@ -64,10 +96,21 @@ def test_every_command_of_a_page_can_be_run(page):
 
 
 @pytest.mark.parametrize(
-    "line", ["make nonsense", "qtt frobnicate x", "qtt run", ".venv/bin/python benchmarks/none.py"]
+    "line",
+    [
+        "make nonsense",
+        "qtt frobnicate x",
+        "qtt run",
+        ".venv/bin/python benchmarks/none.py",
+        "kubectl frobnicate x",
+        "kubectl apply -f examples/none.yaml",
+        "helm install x helm/none",
+        "helm upgrade x helm/quicktune-operator --set redis.bundled.enable=false",
+        "rm -r x",
+    ],  # fmt: skip
 )
 def test_a_command_that_does_not_exist_is_noticed(line, capsys):
-    with pytest.raises((AssertionError, SystemExit)):
+    with pytest.raises((AssertionError, SystemExit, pytest.fail.Exception)):
         accept(shlex.split(line))
 
 
