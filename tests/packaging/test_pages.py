@@ -107,7 +107,7 @@ def test_every_command_of_a_page_can_be_run(page):
         "helm install x helm/none",
         "helm upgrade x helm/quicktune-operator --set redis.bundled.enable=false",
         "rm -r x",
-    ],  # fmt: skip
+    ],
 )
 def test_a_command_that_does_not_exist_is_noticed(line, capsys):
     with pytest.raises((AssertionError, SystemExit, pytest.fail.Exception)):
