@@ -1,0 +1,31 @@
+"""Two plain Dockerfiles, so that `docker build -f` needs nothing else; they must not drift."""
+
+from __future__ import annotations
+
+import difflib
+
+OWN = ("# The ", "#   docker build -f ", "ARG EXTRA=", "ENTRYPOINT ", "CMD ")
+
+
+def test_both_images_are_built_alike(root):
+    first, second = (
+        (root / folder / "Dockerfile").read_text().splitlines()
+        for folder in ("operator", "trainer_image")
+    )
+
+    differing = [line[2:] for line in difflib.ndiff(first, second) if line[0] in "+-"]
+
+    assert len(differing) == 2 * len(OWN)
+    assert [line for line in differing if not line.startswith(OWN)] == []
+
+
+def test_a_linters_setting_installs_nothing_anew(root):
+    """What stands behind the cut of the first stage never decides what is installed."""
+    text = (root / "pyproject.toml").read_text()
+    kept, mark, cut = text.partition("\n[tool.pytest")
+
+    assert mark
+    assert "[project.optional-dependencies]" in kept
+    assert "[tool.hatch.build.targets.wheel]" in kept
+    assert "[project" not in cut
+    assert "[tool.hatch" not in cut
