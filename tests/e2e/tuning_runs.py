@@ -24,18 +24,18 @@ def simulated(
     name: str = "sim",
     *,
     seconds: float = 0.0,
-    trainer: Mapping[str, Any] | None = None,
+    container: Mapping[str, Any] | None = None,
     pod: Mapping[str, Any] | None = None,
     **spec: Any,
 ) -> Object:
-    """A run of steps that sleep; `trainer`, `pod` and `spec` overwrite container, pod and run."""
-    container = {
+    """A run of steps that sleep; `container`, `pod` and `spec` overwrite."""
+    trainer = {
         "name": "trainer", "image": TRAINER, "command": list(SIMULATED_TRAINER),
         "env": [{"name": "QTT_SLEEP", "value": str(seconds)}],
         "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}},
-        **(trainer or {}),
+        **(container or {}),
     }  # fmt: skip
-    template = {"terminationGracePeriodSeconds": 5, "containers": [container], **(pod or {})}
+    template = {"terminationGracePeriodSeconds": 5, "containers": [trainer], **(pod or {})}
     return {
         "apiVersion": "quicktune.dev/v1alpha1", "kind": "TuningRun", "metadata": {"name": name},
         "spec": {
