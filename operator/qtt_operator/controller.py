@@ -27,6 +27,7 @@ from qtt_operator.cli import Outcome
 from qtt_operator.cluster import JOBS, PODS, Cluster, Object, Resource
 from qtt_operator.cluster_backend import Copies, trim_job, trim_pod
 from qtt_operator.exits import INTERRUPTED
+from qtt_operator.failpoints import reached
 from qtt_operator.informer import Informer, Informers, run_uid
 from qtt_operator.leader import Leader
 from qtt_operator.metrics import Metrics
@@ -110,6 +111,7 @@ class Operator:
         tasks = [asyncio.create_task(self._watch_loop())]
         try:
             epoch = await self._leader.acquire()
+            reached("elected")
             self._cluster.guard = self._leader.check
             tasks.append(asyncio.create_task(self._keep_leading()))
             await self._look_at_store()

@@ -23,6 +23,7 @@ from qtt_operator.cluster_status import (
     news,
     with_conditions,
 )
+from qtt_operator.failpoints import reached
 from qtt_operator.settings import OperatorSettings
 from qtt_operator.status import build_status
 
@@ -97,6 +98,7 @@ class StatusWriter:
     async def _send(self, found: Object, patch: dict[str, Any], fresh: list[Condition]) -> None:
         namespace, name = found["metadata"]["namespace"], found["metadata"]["name"]
         patched = await self._cluster.patch(RUNS, namespace, name, {"status": patch}, sub="status")
+        reached("status")
         if patched is None:
             return
         self._stored(patched)

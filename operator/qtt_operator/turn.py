@@ -39,6 +39,7 @@ from qtt_core.steps import (
 )
 from qtt_core.wishes import wants_candidates
 from qtt_operator.documents import RunContents, job_document
+from qtt_operator.failpoints import reached
 from qtt_operator.names import job_name
 from qtt_operator.observe import classify
 
@@ -83,6 +84,12 @@ class Backend(Protocol):
 
     async def kill(self, job: str, reason: str) -> None:
         """End a job now; it is observed as ended with this reason."""
+
+    async def suspend(self, job: str) -> None:
+        """Take the job's device away; it is observed as put aside, or ends as `Stopped`."""
+
+    async def resume(self, job: str) -> None:
+        """Let a job run that was put aside."""
 
     async def forget(self, job: str) -> None:
         """The job's end is durably recorded: its second witness may go."""
@@ -192,7 +199,8 @@ async def run_turn(context: RunContext) -> p.Plan:
 
 def moved(plan: p.Plan) -> bool:
     """Whether the plan changed something, so that another turn is worth taking at once."""
-    return any(not isinstance(action, p.Ask | p.Kill | p.Requeue) for action in plan.actions)
+    waits = p.Ask | p.Kill | p.SuspendJob | p.ResumeJob | p.Requeue
+    return any(not isinstance(action, waits) for action in plan.actions)
 
 
 def pause_seconds(plan: p.Plan) -> float:
@@ -251,11 +259,14 @@ async def _act(context: RunContext, action: p.Action) -> bool:  # noqa: C901 - o
     match action:
         case p.RecordNote():
             reply, _ = await context.ledger.note(action.event, key=action.key)
+            reached("noted")
             return _accepted(reply, action.event)
         case p.Commit():
+            reached("ended")
             reply, _ = await context.ledger.commit(
                 action.event, job=_next_job(context, action.event)
             )
+            reached("retried" if isinstance(action.event, Retry) else "committed")
             return _accepted(reply, action.event)
         case p.OpenStep():
             return await _open(context, action)
@@ -263,8 +274,13 @@ async def _act(context: RunContext, action: p.Action) -> bool:  # noqa: C901 - o
             await _create(context, action)
         case p.Forget():
             await context.backend.forget(action.job)
+            reached("forgotten")
         case p.Kill():
             await context.backend.kill(action.job, action.reason)
+        case p.SuspendJob():
+            await context.backend.suspend(action.job)
+        case p.ResumeJob():
+            await context.backend.resume(action.job)
         case p.LoadOptimizer():
             _start_call(context, _load(context))
         case p.Tell():
@@ -298,6 +314,7 @@ async def _open(context: RunContext, action: p.OpenStep) -> bool:
     event = action.event
     job = context.job_name(event.c, event.to, event.a)
     reply, _ = await context.ledger.open(event, config=action.config, job=job)
+    reached("opened")
     if event.c.isdigit():
         kept = tuple(x for x in context.view.proposals if str(x.config_id) != event.c)
         context.view = replace(context.view, proposals=kept)
@@ -319,6 +336,7 @@ async def _create(context: RunContext, action: p.CreateJob) -> None:
     document = job_document(context.run, action, context.state, config, gc)
     name = context.job_name(action.c, action.to, action.attempt)
     await context.backend.create(action, name, document)
+    reached("created")
 
 
 # --- the optimizer: one call at a time, its answer is input of a later turn ---------------------
@@ -371,6 +389,7 @@ async def _tell(context: RunContext) -> None:
     )  # fmt: skip
     if fresh:
         await context.optimizer.tell(fresh)
+        reached("told")
         if not all(isinstance(event, Proposal) for _, event in fresh):
             context.recommendation = await context.optimizer.recommend()
     context.told_heads, context.told_count = context.state.heads, len(context.events)
@@ -390,6 +409,7 @@ async def _ask(context: RunContext, action: p.Ask) -> None:
     started = time.monotonic()
     told = context.view.told
     answer = await context.optimizer.ask(action.n, action.budget)
+    reached("asked")
     context.last_ask_seconds = time.monotonic() - started
     context.answered_at = told
     context.view = replace(
