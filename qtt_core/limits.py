@@ -212,7 +212,7 @@ def phase(i: PlannerInput) -> Phase:
     if i.ledger.run is None:
         return Phase.PENDING
     if i.spec.suspend:
-        running = any(job.phase is not JobPhase.ENDED for job in i.observed.jobs)
+        running = any(job.phase in {JobPhase.PENDING, JobPhase.RUNNING} for job in i.observed.jobs)
         return Phase.DRAINING if running else Phase.SUSPENDED
     if i.ledger.prepared is None:
         return Phase.PREPARING

@@ -94,7 +94,8 @@ class ObservedJob:
 
     A back end leaves `verdict` None; the gather stage fills it for ended jobs. `pending_since`:
     since when nothing but the cluster keeps a pending job from running (queues are not counted);
-    None = no limit. `opening`: the decision as the job carries it, for a ledger that lost it.
+    None = no limit. `put_aside`: we suspended it ourselves, nobody else did. `opening`: the
+    decision as the job carries it, for a ledger that lost it.
     """
 
     name: str
@@ -106,6 +107,7 @@ class ObservedJob:
     created_at: float
     started_at: float | None = None
     pending_since: float | None = None
+    put_aside: bool = False
     opening: OpenStep | None = None
     end: JobEnd | None = None
     verdict: Verdict | None = None
@@ -259,6 +261,20 @@ class Kill:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SuspendJob:
+    """Take a job's device away and keep the attempt; it goes on from its checkpoint."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeJob:
+    """Let a job run that we put aside."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpenStep:
     """Record a decision."""
 
@@ -347,6 +363,8 @@ Action = (
     | Tell
     | Abandon
     | Kill
+    | SuspendJob
+    | ResumeJob
     | OpenStep
     | CreateJob
     | Ask

@@ -77,6 +77,8 @@ from qtt_core.plan import (
     PlannerInput,
     RecordNote,
     Requeue,
+    ResumeJob,
+    SuspendJob,
     Tell,
     Verdict,
 )
@@ -120,14 +122,14 @@ AVOID_SECONDS = 3600.0
 
 def decide(i: PlannerInput) -> Plan:
     """The next plan of a run. The same input gives the same plan."""
-    kills: tuple[Action, ...] = tuple(_kill(i))
+    steering: tuple[Action, ...] = tuple(_steer(i))
     work: tuple[Action, ...] = ()
     for policy in _POLICIES:
         work = tuple(policy(i))
         if work:
             break
     rest = work or (Requeue(after=_next_deadline(i)),)
-    return Plan(actions=(*kills, *rest), phase=phase(i), held=held(i))
+    return Plan(actions=(*steering, *rest), phase=phase(i), held=held(i))
 
 
 # --- policies, in the order they are tried ----------------------------------------------------
@@ -225,28 +227,47 @@ def _prepared(i: PlannerInput, entry: OpenEntry, verdict: Verdict, end: JobEnd) 
     )  # fmt: skip
 
 
-def _kill(i: PlannerInput) -> Iterator[Action]:
-    """End jobs nobody waits for, that outlive their limit, or that the user stopped or evicted.
+def _steer(i: PlannerInput) -> Iterator[Action]:
+    """End jobs nobody waits for, that outlive their limit, or that the user stopped.
 
-    The trainer's own limit comes a grace period earlier than ours. A job that has not started when
-    the run ends or is suspended does not: it may wait in a queue for days.
+    The trainer's own limit comes a grace period earlier than ours.
     """
     idle = i.spec.suspend or end_reason(i) is not None
-    stop = i.spec.stop or (i.spec.suspend and i.spec.suspend_policy == "Evict")
     for job in i.observed.jobs:
         if job.phase is JobPhase.ENDED:
             continue
         entry = entry_of(i, job)
-        if entry is None:
-            if not is_lost(i, job):
-                yield Kill(job=job.name, reason=Cause.STOPPED)
-        elif is_evaluation(entry.c) and not i.spec.suspend and i.now <= _due(i, entry, job):
-            continue  # it may outlive the run
-        elif stop or (idle and job.phase is not JobPhase.RUNNING):
+        if entry is not None:
+            yield from _steered(i, entry, job, idle=idle)
+        elif not is_lost(i, job):
             yield Kill(job=job.name, reason=Cause.STOPPED)
-        elif i.now > _due(i, entry, job):
-            running = job.phase is JobPhase.RUNNING
-            yield Kill(job=job.name, reason=Cause.DEADLINE if running else Cause.PENDING)
+
+
+def _steered(
+    i: PlannerInput, entry: OpenEntry, job: ObservedJob, *, idle: bool
+) -> Iterator[Action]:
+    """What has not started when a run ends or is suspended does not: a queue may last for days.
+
+    An evaluation may outlive its run. Eviction puts jobs aside; not those of a queue, which would
+    let them run again at once.
+    """
+    running = job.phase is JobPhase.RUNNING
+    if not is_evaluation(entry.c) or i.spec.suspend:
+        evict = i.spec.suspend and i.spec.suspend_policy == "Evict"
+        if i.spec.stop or (evict and i.spec.queue_name):
+            yield Kill(job=job.name, reason=Cause.STOPPED)
+            return
+        if evict and (job.put_aside or job.phase is not JobPhase.QUEUED):
+            if not job.put_aside:
+                yield SuspendJob(job=job.name)
+            return
+        if idle and not running:
+            yield Kill(job=job.name, reason=Cause.STOPPED)
+            return
+    if job.put_aside:
+        yield ResumeJob(job=job.name)
+    elif i.now > _due(i, entry, job):
+        yield Kill(job=job.name, reason=Cause.DEADLINE if running else Cause.PENDING)
 
 
 def _due(i: PlannerInput, entry: OpenEntry, job: ObservedJob) -> float:
@@ -266,9 +287,13 @@ def _reopen(i: PlannerInput) -> Iterator[Action]:
 
 
 def _close(i: PlannerInput) -> Iterator[Action]:
-    """End the run once nothing is open; what has no job is not started any more."""
+    """End the run once nothing is open; what has no job is not started any more.
+
+    Data that cannot be read end it at once: what is open then is cancelled when its job has ended.
+    """
     reason = end_reason(i)
-    if i.ledger.closed is not None or reason is None or (lost_steps(i) and not i.spec.stop):
+    closed = i.ledger.closed is not None
+    if not closed and (reason is None or (lost_steps(i) and not i.spec.stop)):
         return
     present = {job.c for job in i.observed.jobs}
     waiting = [entry for entry in i.ledger.open.values() if not is_evaluation(entry.c)]
@@ -276,7 +301,7 @@ def _close(i: PlannerInput) -> Iterator[Action]:
         if entry.c not in present and i.observed.synced_at >= entry.since:
             cancel = Cancel(c=entry.c, to=entry.to, a=entry.attempt, reason=Cause.STOPPED)
             yield Commit(event=cancel)
-    if not waiting:
+    if reason is not None and not (closed or waiting):
         yield _closing(i, *reason)
 
 

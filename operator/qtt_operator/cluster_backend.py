@@ -21,7 +21,7 @@ from qtt_operator.claims import build_claim
 from qtt_operator.cluster import CLAIMS, JOBS, PODS, Cluster, Object
 from qtt_operator.informer import Informers, run_uid, without
 from qtt_operator.manifests import build_job, build_pod
-from qtt_operator.names import DECISION_ANNOTATION
+from qtt_operator.names import DECISION_ANNOTATION, HELD_ANNOTATION, SUSPENDED_ANNOTATION
 from qtt_operator.owner import RunObject
 from qtt_operator.pods import JobRequest
 from qtt_operator.settings import OperatorSettings
@@ -125,12 +125,20 @@ class ClusterBackend:
         found = self.copies.jobs.get(self.namespace, job)
         if found is None:
             return
-        memory = self._memory.setdefault(_uid(found), _Memory())
+        memory = self._remember(found)
         if not memory.killed:
             log.info("%s: deleting it, %s", job, reason)
         memory.killed = memory.killed or reason
         if not job_ends.is_deleting(found):
             await self._delete(found, foreground=True)
+
+    async def suspend(self, job: str) -> None:
+        """Let the Job controller end its pods; the mark says that we may undo it."""
+        await self._suspend(job, suspend=True, mark="true")
+
+    async def resume(self, job: str) -> None:
+        """Undo our own suspension, nobody else's."""
+        await self._suspend(job, suspend=False, mark=None)
 
     async def forget(self, job: str) -> None:
         """The end is recorded: the Job may be collected, and must not start another pod."""
@@ -164,8 +172,11 @@ class ClusterBackend:
         """A pod is gone: its device time still counts."""
         for job in self.copies.jobs.of_run(self.owner.uid):
             if job["metadata"]["name"] == _job_of(pod):
-                memory = self._memory.setdefault(_uid(job), _Memory())
+                memory = self._remember(job)
                 memory.past_seconds += job_ends.held_seconds(pod, self.clock())
+                over = job_ends.finished(job) or job_ends.is_deleting(job)
+                if memory.past_seconds and not over:
+                    self._later(self._keep_held(job, memory.past_seconds))
 
     def live(self) -> list[Object]:
         """Jobs that have not ended, for the limit over all runs."""
@@ -232,7 +243,7 @@ class ClusterBackend:
     def _sight(self, job: Object) -> job_ends.Sight:
         """Update what is known of a Job, and say it."""
         now, pods = self.clock(), self._pods(job)
-        memory = self._memory.setdefault(_uid(job), _Memory())
+        memory = self._remember(job)
         running = any(job_ends.started_at(p) is not None for p in pods)
         memory.running_since = (memory.running_since or now) if running else None
         pending = not running and not job_ends.is_suspended(job)
@@ -253,7 +264,7 @@ class ClusterBackend:
 
     async def _read_decision(self, job: Object) -> None:
         """Keep the decision of a Job if the ledger lacks it; our copies lack its document."""
-        memory = self._memory.setdefault(_uid(job), _Memory())
+        memory = self._remember(job)
         decision = decision_of(job)
         if not decision or self.knows(decision):
             memory.opening = None
@@ -284,6 +295,29 @@ class ClusterBackend:
             raise ClusterError(f"Job {name} exists and is not ours; rename it or the TuningRun")
         await self._delete(found, foreground=True)
         self.wake_after(SOON_SECONDS)
+
+    async def _suspend(self, job: str, *, suspend: bool, mark: str | None) -> None:
+        notes = {SUSPENDED_ANNOTATION: mark}
+        body: Object = {"metadata": {"annotations": notes}, "spec": {"suspend": suspend}}
+        patched = await self.cluster.patch(JOBS, self.namespace, job, body)
+        if patched is not None:
+            log.info("%s: %s", job, "suspended" if suspend else "resumed")
+            self.copies.jobs.put(patched)
+
+    async def _keep_held(self, job: Object, seconds: float) -> None:
+        """Write on the Job what its gone pods have used, for an operator that did not see them."""
+        body: Object = {"metadata": {"annotations": {HELD_ANNOTATION: f"{seconds:.1f}"}}}
+        try:
+            await self.cluster.patch(JOBS, self.namespace, job["metadata"]["name"], body)
+        except ClusterError as error:
+            log.debug("%s: %s", job["metadata"]["name"], error)
+
+    def _remember(self, job: Object) -> _Memory:
+        """What this process knows of a Job, begun with what the Job itself says."""
+        known = self._memory.get(_uid(job))
+        if known is None:
+            known = self._memory[_uid(job)] = _Memory(past_seconds=job_ends.past_seconds(job))
+        return known
 
     async def _make_claims(self) -> None:
         claim = build_claim(self.owner, self.settings.checkpoint_defaults)

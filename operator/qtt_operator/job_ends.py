@@ -18,6 +18,8 @@ from qtt_operator.names import (
     COMPONENT_LABEL,
     CONFIG_LABEL,
     FIDELITY_LABEL,
+    HELD_ANNOTATION,
+    SUSPENDED_ANNOTATION,
     TRAINER,
 )
 
@@ -65,6 +67,7 @@ def observed_job(job: Object, pods: Sequence[Object], sight: Sight) -> ObservedJ
         created_at=seconds(job["metadata"].get("creationTimestamp")) or 0.0,
         started_at=sight.running_since if running else None,
         pending_since=sight.pending_since if phase is JobPhase.PENDING else None,
+        put_aside=phase is JobPhase.QUEUED and is_ours_to_resume(job),
         end=end,
     )  # fmt: skip
 
@@ -123,6 +126,20 @@ def finished(job: Object) -> bool:
     """Whether Kubernetes will start no further pod for this Job."""
     kinds = {"Complete", "Failed", "FailureTarget", "SuccessCriteriaMet"}
     return any(c["type"] in kinds and c["status"] == "True" for c in _conditions(job))
+
+
+def is_ours_to_resume(job: Object) -> bool:
+    """Whether it was we who suspended the Job."""
+    return is_suspended(job) and SUSPENDED_ANNOTATION in (job["metadata"].get("annotations") or {})
+
+
+def past_seconds(job: Object) -> float:
+    """Device time of pods that are gone, as the Job remembers it."""
+    notes = job["metadata"].get("annotations") or {}
+    try:
+        return float(notes.get(HELD_ANNOTATION, 0.0))
+    except ValueError:
+        return 0.0
 
 
 def is_suspended(job: Object) -> bool:

@@ -142,6 +142,13 @@ class LocalBackend:
         elif record.pid:
             self._terminate(record)
 
+    async def suspend(self, job: str) -> None:
+        """A process cannot be put aside: it ends, and its attempt is made again."""
+        await self.kill(job, "Stopped")
+
+    async def resume(self, job: str) -> None:
+        """Nothing is put aside here."""
+
     async def forget(self, job: str) -> None:
         """The ledger has the end of this job: drop it from the list."""
         record = self._jobs.get(job)

@@ -74,6 +74,16 @@ class SimulatedBackend:
             end = JobEnd(exit_code=None, signal=9, reason=reason, device_seconds=held)
             self.jobs[job] = replace(found, phase=JobPhase.ENDED, end=end)
 
+    async def suspend(self, job: str) -> None:
+        """Put a job aside: it starts over when it is resumed."""
+        self.jobs[job] = replace(self.jobs[job], phase=JobPhase.QUEUED, put_aside=True)
+
+    async def resume(self, job: str) -> None:
+        """Start a job again."""
+        self.jobs[job] = replace(
+            self.jobs[job], phase=JobPhase.RUNNING, put_aside=False, started_at=self.clock.now
+        )
+
     async def forget(self, job: str) -> None:
         """Its end is recorded."""
         self.jobs.pop(job, None)

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 
 from qtt_core.errors import ClusterError, ClusterUnavailableError
 from qtt_core.jobs import JobDocument, parse_job
-from qtt_core.results import EXIT_CODES, StepResult
+from qtt_core.results import EXIT_CODES, State, StepResult
 from qtt_core.testing.trainer import Volume, result_of
 from qtt_operator.cluster import PODS, Object, Resource
 from qtt_operator.cluster_backend import JOB_OF_POD
@@ -182,7 +182,9 @@ class FakeCluster:
     def step(self) -> None:
         """One stage of every Job: pod made, started, ended, Job finished."""
         for job in self.jobs():
-            if not _finished(job) and not job["spec"].get("suspend"):
+            if job["spec"].get("suspend"):
+                self._suspend(job)
+            elif not _finished(job):
                 self._advance(job)
 
     # --- the controllers ----------------------------------------------------------------------
@@ -215,6 +217,24 @@ class FakeCluster:
             done = pod["status"]["phase"] == "Succeeded"
             kind = {"type": "Complete" if done else "Failed", "status": "True"}
             self._put("MODIFIED", "jobs", _merge(job, {"status": {"conditions": [kind]}}))
+
+    def _suspend(self, job: Object) -> None:
+        """First SIGTERM to its pods, which answers as a preempted trainer; then they are gone."""
+        for pod in self.pods():
+            if pod["metadata"]["labels"][JOB_OF_POD] != job["metadata"]["name"]:
+                continue
+            if "deletionTimestamp" in pod["metadata"]:
+                self.remove(pod, "pods")
+                continue
+            pod = copy.deepcopy(pod)
+            pod["metadata"]["deletionTimestamp"] = self._time()
+            self._put("MODIFIED", "pods", pod)
+            if pod["status"]["phase"] == "Running":
+                _, document = document_of(pod)
+                said = StepResult(
+                    attempt=document.attempt, nonce=document.nonce, state=State.PREEMPTED
+                )
+                self.end_pod(pod, *self._coded(said))
 
     def end_pod(self, pod: Object, code: int, message: str, **facts: str) -> None:
         """Let a pod's trainer end."""

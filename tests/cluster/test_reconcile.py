@@ -7,6 +7,7 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import redis
@@ -284,6 +285,79 @@ def test_a_suspended_run_drains_and_goes_on_when_resumed(redis_store: EmbeddedSt
     _, events = play(redis_store, scenario)
 
     only_once(events)
+
+
+@pytest.mark.parametrize("kills", [0, 1], ids=["the same operator", "another one"])
+def test_an_evicted_run_gives_its_devices_up_and_uses_no_attempt(
+    redis_store: EmbeddedStore, kills: int
+) -> None:
+    cluster = FakeCluster()
+    started = datetime.now(UTC)
+
+    def slowly(pod: Object) -> tuple[int, str] | None:
+        return cluster.succeed(pod) if document_of(pod)[0] == "prepare" else None
+
+    async def evict(operator: FakeOperator) -> None:
+        await operator.until(lambda: len(running_pods(cluster)) == 2)
+        cluster.now = lambda: started + timedelta(seconds=100)
+        await operator.edit(suspend=True, suspendPolicy="Evict")
+        await operator.until(lambda: operator.is_true("Suspended") and len(cluster.pods()) == 1)
+        await operator.until(lambda: all("held-seconds" in str(j) for j in cluster.jobs()[:2]))
+
+    async def go_on(operator: FakeOperator) -> None:
+        await asyncio.sleep(0.1)
+        assert len(cluster.pods()) == 1
+        cluster.answer = cluster.succeed
+        await operator.edit(suspend=False)
+        await complete(cluster, operator)
+
+    async def main() -> list[Event]:
+        cluster.answer, cluster.now = slowly, lambda: started
+        run = await cluster.create(RUNS, "default", manifest())
+        first = FakeOperator(cluster, redis_store)
+        async with first.running():
+            await evict(first)
+            if not kills:
+                await go_on(first)
+        if kills:
+            second = FakeOperator(cluster, redis_store, epoch=2)
+            async with second.running():
+                await go_on(second)
+        return await events_of(redis_store, run)
+
+    events = asyncio.run(main())
+
+    only_once(events)
+    assert not [e for e in events if isinstance(e, Retry | Cancel)]
+    charged = sorted(e.dev for e in events if isinstance(e, Done))
+    assert charged[:4] == [pytest.approx(0, abs=1)] * 4
+    assert charged[4:] == [pytest.approx(100, abs=5)] * 2  # of the pods that are gone
+
+
+def running_pods(cluster: FakeCluster) -> list[Object]:
+    return [pod for pod in cluster.pods() if pod["status"]["phase"] == "Running"]
+
+
+def test_a_job_that_a_queue_holds_back_is_not_let_go_by_us(redis_store: EmbeddedStore) -> None:
+    async def scenario(cluster: FakeCluster, operator: FakeOperator) -> None:
+        cluster.answer = lambda pod: (
+            cluster.succeed(pod) if document_of(pod)[0] == "prepare" else None
+        )
+        await operator.until(lambda: len(running_pods(cluster)) == 2)
+        job = cluster.jobs()[0]
+        cluster.change({**job, "spec": {**job["spec"], "suspend": True}}, "jobs")
+        await operator.until(lambda: len(running_pods(cluster)) == 1)
+        cluster.answer = cluster.succeed
+        await operator.until(lambda: steps_of(operator) >= 3)
+        held = next(j for j in cluster.jobs() if j["metadata"]["uid"] == job["metadata"]["uid"])
+        assert held["spec"]["suspend"]
+        cluster.change({**held, "spec": {**held["spec"], "suspend": False}}, "jobs")
+        await complete(cluster, operator)
+
+    _, events = play(redis_store, scenario)
+
+    only_once(events)
+    assert not [e for e in events if isinstance(e, Retry | Cancel)]
 
 
 def test_a_raised_budget_reopens_a_run_that_was_over(redis_store: EmbeddedStore) -> None:

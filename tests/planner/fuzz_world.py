@@ -62,6 +62,7 @@ class Life:
     ends_at: float
     end: p.JobEnd
     was_late: bool = False
+    put_aside: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -118,12 +119,26 @@ class World:
     async def kill(self, job: str, reason: str) -> None:
         """End a job now, unless its end was faster."""
         life = self.lives.get(job)
-        if life is None or life.ends_at <= self.clock.now:
+        if life is None or (life.ends_at <= self.clock.now and not life.put_aside):
             return
+        if life.put_aside:
+            life.put_aside, life.starts_at = False, self.clock.now
         held = max(0.0, self.clock.now - life.starts_at)
         life.end = p.JobEnd(exit_code=None, signal=9, reason=reason, device_seconds=held)
         life.ends_at = self.clock.now
         self.ends[job].add(round(held, 3))
+
+    async def suspend(self, job: str) -> None:
+        """Put a job aside, unless it has ended: what it did since its start is lost."""
+        life = self.lives.get(job)
+        if life is not None and not life.put_aside and life.ends_at > self.clock.now:
+            life.put_aside, life.starts_at, life.ends_at = True, 0.0, life.ends_at - life.starts_at
+
+    async def resume(self, job: str) -> None:
+        """Start it anew."""
+        life, now = self.lives.get(job), self.clock.now
+        if life is not None and life.put_aside:
+            life.put_aside, life.starts_at, life.ends_at = False, now, now + life.ends_at
 
     async def forget(self, job: str) -> None:
         """Its end is recorded; one that was given up may come back later, with a result."""
@@ -138,13 +153,15 @@ class World:
 
     def next_event(self) -> float | None:
         """When a job next starts or ends."""
-        times = [t for x in self.lives.values() for t in (x.starts_at, x.ends_at)]
+        lives = [x for x in self.lives.values() if not x.put_aside]
+        times = [t for x in lives for t in (x.starts_at, x.ends_at)]
         return min((t for t in times if t > self.clock.now), default=None)
 
     def lose_jobs(self, reason: str, share: float) -> None:
         """Jobs that have not ended end together: a node, or the processes of a local run."""
         for name, life in list(self.lives.items()):
-            if life.ends_at > self.clock.now and self.rng.random() < share:
+            lives = life.ends_at > self.clock.now and not life.put_aside
+            if lives and self.rng.random() < share:
                 if reason:
                     held = max(0.0, self.clock.now - life.starts_at)
                     life.end = p.JobEnd(exit_code=None, reason=reason, device_seconds=held)
@@ -155,6 +172,8 @@ class World:
 
     def _look(self, life: Life) -> p.ObservedJob:
         now = self.clock.now
+        if life.put_aside:
+            return replace(life.job, phase=p.JobPhase.QUEUED, put_aside=True)
         if now >= life.ends_at:
             return replace(life.job, phase=p.JobPhase.ENDED, end=life.end)
         if now >= life.starts_at:

@@ -291,16 +291,62 @@ def test_a_raised_budget_reopens_a_run_that_ended_by_budget_only() -> None:
     assert kinds(decide(make_input(ledger=by_goal))) == ["Requeue"]
 
 
+def test_what_is_open_when_unreadable_data_close_a_run_is_cancelled_once_its_job_is_gone() -> None:
+    """It stayed open for ever: nothing starts a step of a closed run, and nothing ended it."""
+    closed = Close(id="5-0", reason="BadData")
+    ledger = make_ledger(closed=closed, open=opened(entry("3", attempt=1)))
+    assert kinds(decide(make_input(ledger=ledger, jobs=(job("3", attempt=1),)))) == ["Requeue"]
+
+    cancel = only(decide(make_input(ledger=ledger)), p.Commit).event
+    assert (cancel.kind, cancel.c, cancel.a, cancel.retire) == ("cancel", "3", 1, False)
+    assert kinds(decide(make_input(ledger=make_ledger(closed=closed)))) == ["Requeue"]
+
+
 def test_suspend_drains_what_runs_and_opens_nothing() -> None:
     spec = make_spec(suspend=True)
     ledger = make_ledger(open=opened(entry("3")))
     running = decide(make_input(spec=spec, ledger=ledger, jobs=(job("3"),)))
     assert (kinds(running), running.phase) == (["Requeue"], p.Phase.DRAINING)
 
-    evicting = replace(spec, suspend_policy="Evict")
-    assert only(decide(make_input(spec=evicting, ledger=ledger, jobs=(job("3"),))), p.Kill)
     quiet = decide(make_input(spec=spec, ledger=ledger))
     assert (kinds(quiet), quiet.phase) == (["Requeue"], p.Phase.SUSPENDED)
+
+
+RUNNING, QUEUED, PENDING = p.JobPhase.RUNNING, p.JobPhase.QUEUED, p.JobPhase.PENDING
+
+
+@pytest.mark.parametrize(
+    ("changes", "phase", "put_aside", "action"),
+    [
+        ({}, RUNNING, False, "SuspendJob"),
+        ({}, PENDING, False, "SuspendJob"),
+        ({}, QUEUED, True, None),
+        ({}, QUEUED, False, "Kill"),
+        ({"queue_name": "q"}, RUNNING, False, "Kill"),
+        ({"stop": True}, RUNNING, False, "Kill"),
+        ({"suspend": False}, QUEUED, True, "ResumeJob"),
+        ({"suspend": False}, QUEUED, False, None),
+        ({"suspend": False, "stop": True}, QUEUED, True, "Kill"),
+        ({"suspend": False, "budget": Budget(max_steps=3)}, QUEUED, True, "Kill"),
+    ],
+    ids=["running", "pending", "put aside", "held by another", "a queue's", "stopped",
+         "ours again", "another's", "stopped meanwhile", "budget used up meanwhile"],
+)  # fmt: skip
+def test_eviction_puts_jobs_aside_and_brings_back_only_those(
+    changes: dict[str, Any], phase: p.JobPhase, put_aside: bool, action: str | None
+) -> None:
+    base: dict[str, Any] = {"suspend": True, "suspend_policy": "Evict"}
+    spec = make_spec(**(base | changes))
+    ledger = make_ledger(open=opened(entry("3")), steps=3)
+    started = NOW - 8 if phase is RUNNING else None
+    seen = job("3", phase=phase, put_aside=put_aside, started_at=started)
+    plan = decide(make_input(spec=spec, ledger=ledger, jobs=(seen,)))
+
+    steering = [a for a in plan.actions if isinstance(a, p.Kill | p.SuspendJob | p.ResumeJob)]
+    assert [type(a).__name__ for a in steering] == ([] if action is None else [action])
+    if spec.suspend:
+        drained = phase is QUEUED
+        assert plan.phase is (p.Phase.SUSPENDED if drained else p.Phase.DRAINING)
 
 
 def test_stop_kills_what_runs_cancels_what_is_open_and_closes() -> None:
