@@ -182,13 +182,13 @@ def used_by_the_code() -> set[tuple[str, str, str]]:
     return found
 
 
-def test_the_rights_are_those_that_the_code_uses(render: Render) -> None:
-    """Also compared with the API server's audit log, in the test cluster."""
-    granted = {
+def granted(objects: list[Object]) -> set[tuple[str, str, str]]:
+    """(group, resource, verb) of all that the chart's roles allow."""
+    return {
         (group, resource, verb)
         for role in (
-            one(render("default"), "ClusterRole"),
-            one(render("default"), "Role", "quicktune-operator-lease"),
+            one(objects, "ClusterRole"),
+            one(objects, "Role", "quicktune-operator-lease"),
         )
         for rule in role["rules"]
         for group in rule["apiGroups"]
@@ -196,4 +196,21 @@ def test_the_rights_are_those_that_the_code_uses(render: Render) -> None:
         for verb in rule["verbs"]
     }
 
-    assert granted == used_by_the_code()
+
+def test_the_rights_are_those_that_the_code_uses(render: Render) -> None:
+    """Also compared with the API server's audit log, in the test cluster."""
+    assert granted(render("default")) == used_by_the_code()
+
+
+def test_the_page_on_security_lists_these_rights(render: Render, root: Path) -> None:
+    chapter = (root / "docs/security.md").read_text().partition("## Rights of the operator")[2]
+    rows = re.findall(
+        r"^\| (`[\w.]+`|core) \| ([\w/]+)[^|]* \| ([a-z, ]+) \|", chapter, re.MULTILINE
+    )
+    page = {
+        ("" if group == "core" else group.strip("`"), resource, verb)
+        for group, resource, verbs in rows
+        for verb in verbs.split(", ")
+    }
+
+    assert page == granted(render("default"))

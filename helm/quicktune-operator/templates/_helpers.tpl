@@ -68,11 +68,11 @@ redis://quicktune@{{ include "quicktune.fullname" . }}-redis.{{ .Release.Namespa
 
 {{/* What the operator calls in a namespace of runs; tests compare it with the code and the audit log. */}}
 {{- define "quicktune.rules" -}}
-- {apiGroups: [quicktune.dev], resources: [tuningruns], verbs: [get, list, watch, delete]}
+- {apiGroups: [quicktune.dev], resources: [tuningruns], verbs: [get, list, watch, patch, delete]}
 - {apiGroups: [quicktune.dev], resources: [tuningruns/status], verbs: [patch]}
 - {apiGroups: [batch], resources: [jobs], verbs: [get, list, watch, create, patch, delete]}
 - {apiGroups: [""], resources: [pods], verbs: [list, watch, create]}     # create: for the dry run only
-- {apiGroups: [""], resources: [persistentvolumeclaims], verbs: [list, create, delete]}
+- {apiGroups: [""], resources: [persistentvolumeclaims], verbs: [get, list, create, patch, delete]}
 - {apiGroups: [""], resources: [configmaps], verbs: [get]}
 - {apiGroups: [""], resources: [events], verbs: [create]}
 {{- end -}}
