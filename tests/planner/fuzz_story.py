@@ -77,6 +77,7 @@ class Story:
     async def begin(self) -> None:
         """A new process: it takes the run over and reads everything anew."""
         self.epoch += 1
+        self.world.seen = None  # it lists all jobs before its first turn
         ledger = Watched(self.world, lambda: self.spec, epoch=self.epoch)
         await ledger.fence()
         epochs = self.spec.fidelity
