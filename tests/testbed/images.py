@@ -29,10 +29,34 @@ SOURCES = (
     *(f"tests/testbed/{name}" for name in ("build-image.sh", "debian-image.sh", "images.py")),
 )  # fmt: skip
 BUILDS = (
-    ("build-image.sh", "--torch", "testbed.local/operator:1", "{layout}", str(ROOT), "-f", f"{ROOT}/operator/Dockerfile"),
-    ("build-image.sh", "--torch", "testbed.local/trainer:1", "{layout}", str(ROOT), "-f", f"{ROOT}/trainer_image/Dockerfile"),
+    (
+        "build-image.sh",
+        "--torch",
+        "testbed.local/operator:1",
+        "{layout}",
+        str(ROOT),
+        "-f",
+        f"{ROOT}/operator/Dockerfile",
+    ),
+    (
+        "build-image.sh",
+        "--torch",
+        "testbed.local/trainer:1",
+        "{layout}",
+        str(ROOT),
+        "-f",
+        f"{ROOT}/trainer_image/Dockerfile",
+    ),
     ("debian-image.sh", "testbed.local/redis:1", "{layout}", "redis-server", "--", "redis-server"),
 )
+IMAGE_PYTHON = "3.13"  # of the base that build-image.sh makes
+TOOLS = (
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "mpmath",
+    "psutil",
+)  # what our suites need beside an image's own packages
 KEEP = 4  # layouts of other states: another checkout may be importing one
 
 
@@ -67,12 +91,36 @@ def build(layout: Path) -> None:
     part.rename(layout)
 
 
+def tools_folder() -> Path:
+    """Where `TOOLS` lie for the images' Python: mounted, so that the images stay what is shipped."""
+    constraints = (ROOT / "constraints.txt").read_bytes()
+    digest = hashlib.sha256(f"{IMAGE_PYTHON} {TOOLS}".encode() + constraints)
+    return cache_folder() / f"tools-{digest.hexdigest()[:16]}"
+
+
+def fetch_tools(folder: Path) -> None:
+    """Before a cluster is booted: from inside of one there is no way out."""
+    part = folder.with_name(f".{folder.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    command = [
+        sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(part),
+        "--python-version", IMAGE_PYTHON, "--only-binary=:all:", "-c", str(ROOT / "constraints.txt"), *TOOLS,
+    ]  # fmt: skip
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    part.rename(folder)
+
+
 def report(layout: Path) -> None:
     """Bytes of each image's layers, as unpacked archives."""
     for entry in json.loads((layout / "index.json").read_text())["manifests"]:
         name = entry["annotations"]["org.opencontainers.image.ref.name"]
-        manifest = json.loads((layout / "blobs" / "sha256" / entry["digest"].partition(":")[2]).read_text())
-        print(f"images: {name} {sum(layer['size'] for layer in manifest['layers']) / 1e6:.0f} MB", file=sys.stderr)
+        manifest = json.loads(
+            (layout / "blobs" / "sha256" / entry["digest"].partition(":")[2]).read_text()
+        )
+        print(
+            f"images: {name} {sum(layer['size'] for layer in manifest['layers']) / 1e6:.0f} MB",
+            file=sys.stderr,
+        )
 
 
 def prune(folder: Path) -> None:
@@ -92,6 +140,8 @@ def main() -> int:
             report(layout)
         layout.touch()
         prune(folder)
+        if not tools_folder().exists():
+            fetch_tools(tools_folder())
     print(layout)
     return 0
 
