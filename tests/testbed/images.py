@@ -29,34 +29,12 @@ SOURCES = (
     *(f"tests/testbed/{name}" for name in ("build-image.sh", "debian-image.sh", "images.py")),
 )  # fmt: skip
 BUILDS = (
-    (
-        "build-image.sh",
-        "--torch",
-        "testbed.local/operator:1",
-        "{layout}",
-        str(ROOT),
-        "-f",
-        f"{ROOT}/operator/Dockerfile",
-    ),
-    (
-        "build-image.sh",
-        "--torch",
-        "testbed.local/trainer:1",
-        "{layout}",
-        str(ROOT),
-        "-f",
-        f"{ROOT}/trainer_image/Dockerfile",
-    ),
+    ("build-image.sh", "--torch", "testbed.local/operator:1", "{layout}", str(ROOT), "-f", f"{ROOT}/operator/Dockerfile"),
+    ("build-image.sh", "--torch", "testbed.local/trainer:1", "{layout}", str(ROOT), "-f", f"{ROOT}/trainer_image/Dockerfile"),
     ("debian-image.sh", "testbed.local/redis:1", "{layout}", "redis-server", "--", "redis-server"),
 )
 IMAGE_PYTHON = "3.13"  # of the base that build-image.sh makes
-TOOLS = (
-    "pytest",
-    "pytest-xdist",
-    "hypothesis",
-    "mpmath",
-    "psutil",
-)  # what our suites need beside an image's own packages
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "mpmath", "psutil")  # what our suites need beside an image's own packages
 KEEP = 4  # layouts of other states: another checkout may be importing one
 
 
@@ -114,13 +92,8 @@ def report(layout: Path) -> None:
     """Bytes of each image's layers, as unpacked archives."""
     for entry in json.loads((layout / "index.json").read_text())["manifests"]:
         name = entry["annotations"]["org.opencontainers.image.ref.name"]
-        manifest = json.loads(
-            (layout / "blobs" / "sha256" / entry["digest"].partition(":")[2]).read_text()
-        )
-        print(
-            f"images: {name} {sum(layer['size'] for layer in manifest['layers']) / 1e6:.0f} MB",
-            file=sys.stderr,
-        )
+        manifest = json.loads((layout / "blobs" / "sha256" / entry["digest"].partition(":")[2]).read_text())
+        print(f"images: {name} {sum(layer['size'] for layer in manifest['layers']) / 1e6:.0f} MB", file=sys.stderr)
 
 
 def prune(folder: Path) -> None:
