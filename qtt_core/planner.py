@@ -82,6 +82,7 @@ from qtt_core.plan import (
     Tell,
     Verdict,
 )
+from qtt_core.retention import was_swept
 from qtt_core.settle import (
     charged_seconds,
     may_restart,
@@ -324,7 +325,8 @@ def _recreate(i: PlannerInput) -> Iterator[Action]:
             yield CreateJob(
                 kind=_kind(entry.c),
                 c=entry.c, frm=entry.frm, to=entry.to, attempt=entry.attempt,
-                decision=entry.decision, allow_restart=may_restart(entry),
+                decision=entry.decision,
+                allow_restart=may_restart(entry) or was_swept(i.ledger.notes, entry.c, entry.frm),
                 timeout_seconds=step_timeout(i, entry.c, entry.reserved),
                 oom_kills=oom_kills(entry), memory_factor=memory_factor(entry),
                 avoid_nodes=_avoided(i),

@@ -62,6 +62,8 @@ class ActiveRun:
     """A `retry` that was there before a loss of data was found: it did not mean this loss."""
     recorded: int = 0
     """Events counted by the metrics."""
+    swept_closed: int = 0
+    """Closed configurations when the volume was last looked at for garbage."""
 
     @property
     def is_still(self) -> bool:

@@ -17,14 +17,14 @@ from qtt_core.jobs import JobDocument
 from qtt_core.ledger.events import Open
 from qtt_core.plan import CreateJob, JobEnd, JobPhase, Observed, ObservedJob, OpenStep
 from qtt_operator import job_ends
-from qtt_operator.claims import build_claim
-from qtt_operator.cluster import CLAIMS, JOBS, PODS, Cluster, Object
+from qtt_operator.cluster import JOBS, PODS, Cluster, Object
 from qtt_operator.informer import Informers, run_uid, without
 from qtt_operator.manifests import build_job, build_pod
 from qtt_operator.names import DECISION_ANNOTATION, HELD_ANNOTATION, SUSPENDED_ANNOTATION
 from qtt_operator.owner import RunObject
 from qtt_operator.pods import JobRequest
 from qtt_operator.settings import OperatorSettings
+from qtt_operator.volumes import Volumes
 from qtt_operator.witness import decision_of, opening_of
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,13 @@ class ClusterBackend:
     _gone: dict[str, ObservedJob] = field(default_factory=dict)
     _forgotten: set[str] = field(default_factory=set)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    _claims_made: bool = False
+    volumes: Volumes = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Claims follow the same TuningRun and clock."""
+        self.volumes = Volumes(
+            cluster=self.cluster, run=lambda: self.owner, settings=self.settings, clock=self.clock
+        )
 
     # --- turn.Backend ------------------------------------------------------------------------
 
@@ -110,8 +116,9 @@ class ClusterBackend:
         """Create the Job; one of this name and decision is adopted, one of another run replaced."""
         opened = self.opened(job.c)
         request = JobRequest(job=job, name=name, document=document, opened=opened, epoch=self.epoch)
-        if not self._claims_made:
-            await self._make_claims()
+        if not await self._has_claim(job):
+            self.wake_after(SOON_SECONDS)  # an old claim of this name is on its way out
+            return
         body = build_job(self.owner, request, self.settings)
         try:
             self.copies.jobs.put(await self.cluster.create(JOBS, self.namespace, body))
@@ -147,7 +154,7 @@ class ClusterBackend:
         found = self.copies.jobs.get(self.namespace, job)
         if found is None:
             return
-        if job_ends.needs_deletion(found, self._pods(found)):
+        if job_ends.needs_deletion(found, self.pods_of(found)):
             await self._delete(found, foreground=False)
             self._forgotten.add(_uid(found))
         elif self.commit_delay_seconds:
@@ -161,7 +168,7 @@ class ClusterBackend:
     def job_deleted(self, job: Object) -> None:
         """A Job is gone: if the ledger may wait for it, remember how it ended."""
         uid = _uid(job)
-        end = job_ends.vanished(job, self._pods(job), self._sight(job))
+        end = job_ends.vanished(job, self.pods_of(job), self._sight(job))
         seen = self._observe(job, end=end)
         if seen is not None:
             self._gone[seen.name] = seen
@@ -226,7 +233,7 @@ class ClusterBackend:
     def _observe(self, job: Object, end: JobEnd | None = None) -> ObservedJob | None:
         """The planner's view; None for a Job whose end is recorded, unless the record was lost."""
         recorded = _uid(job) in self._forgotten or is_recorded(job)
-        seen = job_ends.observed_job(job, self._pods(job), self._sight(job))
+        seen = job_ends.observed_job(job, self.pods_of(job), self._sight(job))
         opening = self._memory[_uid(job)].opening
         if seen is None or (
             recorded and opening is None and not self.awaited(seen.c, seen.to, seen.attempt)
@@ -242,7 +249,7 @@ class ClusterBackend:
 
     def _sight(self, job: Object) -> job_ends.Sight:
         """Update what is known of a Job, and say it."""
-        now, pods = self.clock(), self._pods(job)
+        now, pods = self.clock(), self.pods_of(job)
         memory = self._remember(job)
         running = any(job_ends.started_at(p) is not None for p in pods)
         memory.running_since = (memory.running_since or now) if running else None
@@ -273,7 +280,8 @@ class ClusterBackend:
             if whole is not None and _uid(whole) == _uid(job):
                 memory.opening = opening_of(whole)
 
-    def _pods(self, job: Object) -> list[Object]:
+    def pods_of(self, job: Object) -> list[Object]:
+        """The pods of a Job, as last seen."""
         name = job["metadata"]["name"]
         return [pod for pod in self.copies.pods.of_run(run_uid(job)) if _job_of(pod) == name]
 
@@ -319,15 +327,11 @@ class ClusterBackend:
             known = self._memory[_uid(job)] = _Memory(past_seconds=job_ends.past_seconds(job))
         return known
 
-    async def _make_claims(self) -> None:
-        claim = build_claim(self.owner, self.settings.checkpoint_defaults)
-        if claim is not None:
-            try:
-                await self.cluster.create(CLAIMS, self.namespace, claim)
-            except ClusterError as error:
-                if error.status != CONFLICT:
-                    raise
-        self._claims_made = True
+    async def _has_claim(self, job: CreateJob) -> bool:
+        """Make the claim that a Job mounts; `prepare` of scope Config mounts none."""
+        if not self.volumes.per_config:
+            return await self.volumes.ensure()
+        return job.kind != "step" or await self.volumes.ensure(job.c)
 
     async def _delete(self, job: Object, *, foreground: bool) -> None:
         await self.cluster.delete(

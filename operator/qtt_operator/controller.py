@@ -20,7 +20,7 @@ from typing import Any
 import kopf
 from redis.asyncio import Redis
 
-from qtt_core.errors import QuickTuneError, StoreError, StoreUnavailableError
+from qtt_core.errors import ClusterError, QuickTuneError, StoreError, StoreUnavailableError
 from qtt_operator import http_port
 from qtt_operator.active_run import Key
 from qtt_operator.cli import Outcome
@@ -46,7 +46,7 @@ from qtt_operator.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
 
-STORE_LOOK_SECONDS = 60.0
+STORE_LOOK_SECONDS, SWEEP_SECONDS = 60.0, 600.0
 LAG_LOOK_SECONDS = 1.0
 EVERYSEC_DELAY = 2.0
 """Between a commit and the Job's time to live, where Redis writes to disk once a second."""
@@ -155,7 +155,7 @@ class Operator:
         return Reconciler(
             cluster=self._cluster, copies=self._copies, store=self._store, share=self._share,
             settings=self._settings, epoch=epoch, enqueue=self._queue.add, fatal=stop_at_once,
-            metrics=self._metrics, instance=self._leader.identity,
+            metrics=self._metrics, instance=self._leader.identity, install=self._leader.install,
             clock=lambda: time.time() + self._offset,
         )  # fmt: skip
 
@@ -216,9 +216,21 @@ class Operator:
             return 0
 
     async def _follow_store(self) -> None:
+        sweep_at = 0.0
         while True:
             await asyncio.sleep(STORE_LOOK_SECONDS)
             await self._look_at_store()
+            if time.monotonic() >= sweep_at:
+                await self._sweep()
+                sweep_at = time.monotonic() + SWEEP_SECONDS
+
+    async def _sweep(self) -> None:
+        """Part with runs that went while nobody watched."""
+        if self._reconciler is not None:
+            try:
+                await self._reconciler.sweep()
+            except (StoreError, ClusterError) as error:
+                log.warning("sweep: %s", error)
 
     async def _look_at_store(self) -> None:
         """Its clock dates every event: we count with it. Its settings say when a write is safe."""

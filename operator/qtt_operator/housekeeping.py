@@ -14,7 +14,8 @@ import yaml
 from qtt_core.errors import VolumeError
 from qtt_core.history import ConfigHistory, Histories
 from qtt_core.plan import Candidate, Phase, Plan
-from qtt_core.retention import chosen, garbage
+from qtt_core.retention import chosen, garbage, survivors
+from qtt_operator.failpoints import reached
 from qtt_operator.names import checkpoint_folder
 from qtt_operator.run_folder import write_atomically
 from qtt_operator.status import build_status
@@ -66,7 +67,7 @@ class Housekeeping:
         """
         past = self.histories(context)
         order = past.best(len(past))
-        points = {h.config_id: tuple(epoch for epoch, _ in h.saved) for h in order}
+        points = {h.config_id: survivors(h) for h in order}
         policy = context.run.spec.checkpoint
         retention, top_k = (policy.retention, policy.top_k) if policy else ("Incumbent", 3)
         kept = chosen(retention, top_k, past, points, context.recommendation)
@@ -82,6 +83,7 @@ class Housekeeping:
             return
         try:
             write_atomically(self._status_file, yaml.safe_dump(status, sort_keys=False))
+            reached("status")
         except VolumeError as error:
             if not self._failing:
                 log.error("%s", error)

@@ -128,6 +128,11 @@ def finished(job: Object) -> bool:
     return any(c["type"] in kinds and c["status"] == "True" for c in _conditions(job))
 
 
+def has_condition(found: Object, kind: str) -> bool:
+    """Whether a condition is there and True."""
+    return any(c["type"] == kind and c["status"] == "True" for c in _conditions(found))
+
+
 def is_ours_to_resume(job: Object) -> bool:
     """Whether it was we who suspended the Job."""
     return is_suspended(job) and SUSPENDED_ANNOTATION in (job["metadata"].get("annotations") or {})

@@ -55,6 +55,11 @@ class Leader:
         """Whether this process holds the Lease and renewed it in time."""
         return self._renewed_at is not None and self._now() - self._renewed_at < self._lease_seconds
 
+    @property
+    def install(self) -> str:
+        """Which install this is: the Lease's uid, the same for every process of it."""
+        return str((self._lease.get("metadata") or {}).get("uid") or "")
+
     def check(self) -> None:
         """Raises: LeadershipLostError once the Lease may be another's."""
         if self._renewed_at is not None and not self.leads:

@@ -29,6 +29,7 @@ from qtt_operator.cluster import RUNS, Cluster, Object
 from qtt_operator.cluster_backend import ClusterBackend, Copies, is_recorded
 from qtt_operator.cluster_events import Events
 from qtt_operator.cluster_status import Truth, ended
+from qtt_operator.farewell import Farewell
 from qtt_operator.job_ends import seconds
 from qtt_operator.leader import LeadershipLostError
 from qtt_operator.metrics import Metrics
@@ -38,6 +39,8 @@ from qtt_operator.redis_ledger import RedisLedger
 from qtt_operator.settings import OperatorSettings
 from qtt_operator.status_writer import StatusWriter
 from qtt_operator.turn import moved, pause_seconds, run_turn, tell_the_rest
+from qtt_operator.upkeep import Upkeep
+from qtt_operator.wipe import Wipe, is_promised
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,7 @@ class Reconciler:
         fatal: Callable[[BaseException], None],
         metrics: Metrics,
         instance: str = "operator",
+        install: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._cluster, self._copies, self._settings = cluster, copies, settings
@@ -82,8 +86,19 @@ class Reconciler:
             others_open=self._open_jobs,
             commit_delay_seconds=lambda: self.commit_delay_seconds, tell=self._tell,
         )  # fmt: skip
+        self._upkeep = Upkeep(
+            cluster=cluster, copies=copies, settings=settings, epoch=epoch, clock=clock,
+            tell=self._tell,
+        )  # fmt: skip
+        self._wipe = Wipe(
+            cluster=cluster, copies=copies, settings=settings, epoch=epoch, clock=clock,
+            tell=self._emit,
+        )  # fmt: skip
+        self._farewell = Farewell(cluster, store, self._around.ledger_of, install)
         self.objects: dict[Key, Object] = {}
         self.active: dict[Key, ActiveRun] = {}
+        self._left: dict[str, Object] = {}
+        """Uid -> TuningRun that is gone and was not parted with yet."""
         self.commit_delay_seconds = 0.0
 
     # --- told from outside --------------------------------------------------------------------
@@ -99,6 +114,7 @@ class Reconciler:
     def run_deleted(self, found: Object) -> None:
         """A TuningRun is gone; its Jobs go with it."""
         self.objects.pop(key_of(found), None)
+        self._left[_uid(found)] = found
         self._enqueue(key_of(found), 0.0)
 
     def child_changed(self, uid: str) -> None:
@@ -119,11 +135,10 @@ class Reconciler:
         if run is not None and (found is None or _uid(found) != run.uid):
             await self._drop(run)
             run = None
-        if found is None or "deletionTimestamp" in found["metadata"]:
-            return None
         began, result = time.monotonic(), "ok"
         try:
-            return await self._bring_forward(key, found, run)
+            await self._part(key)
+            return None if found is None else await self._bring_forward(key, found, run)
         except SpecError as error:
             result = "invalid"
             return await self._held(key, "Accepted", "Invalid", str(error))
@@ -150,12 +165,17 @@ class Reconciler:
             self._metrics.observe("reconcile_seconds", time.monotonic() - began, result)
 
     async def _bring_forward(self, key: Key, found: Object, run: ActiveRun | None) -> float | None:
+        if "deletionTimestamp" in found["metadata"]:
+            return await self._wipe.keep_promise(found) if is_promised(found) else None
         if run is None:
             if await self._is_over(found):
                 return await self._after_the_end(found)
-            run = self.active[key] = await start_run(key, found, self._around)
+            run = await start_run(key, found, self._around)
+            await self._introduce(run, found)
+            self.active[key] = run
         elif run.generation != found["metadata"]["generation"]:
             apply_spec(run, found, self._settings)
+            await self._introduce(run, found)
         if not await run.ledger.holds(run.context.state.last_id):
             log.warning("%s/%s: the store has lost events; reading it anew", *key)
             await self._drop(run)
@@ -176,7 +196,30 @@ class Reconciler:
             return await self._finish(run, plan) if run.is_still else STORE_AWAY_SECONDS
         held_back = await self._status.write(run, found, plan)
         pause = pause_seconds(plan) if again is None else again
+        chore = await self._upkeep.tend(run, over=False) if again is None else None
+        pause = pause if chore is None else min(chore, pause)
         return min(pause, self._settings.resync_seconds, held_back)
+
+    async def _introduce(self, run: ActiveRun, found: Object) -> None:
+        """Let ledger, claims and finalizer follow the spec: what `deletionPolicy` says may change.
+
+        Before the first Job, so that nothing is written that nobody would delete.
+        """
+        await run.ledger.describe(self._farewell.facts(found))
+        await run.backend.volumes.hand_over()
+        self._stored(await self._wipe.promise(found, run.backend.owner))
+
+    async def _part(self, key: Key) -> None:
+        """Part with TuningRuns of this name that are gone."""
+        for uid, found in list(self._left.items()):
+            if key_of(found) == key:
+                policy = found["spec"].get("deletionPolicy", "Retain")
+                await self._farewell.say(uid, key[0], policy)
+                self._left.pop(uid, None)
+
+    async def sweep(self) -> None:
+        """Part with runs that went while nobody watched. Raises: StoreUnavailableError."""
+        await self._farewell.sweep({_uid(found) for found in self.objects.values()})
 
     async def _is_over(self, found: Object) -> bool:
         """Whether the status says so, no Job waits for its record and no wish is new."""
@@ -208,8 +251,15 @@ class Reconciler:
         return plan, 0.0
 
     async def _finish(self, run: ActiveRun, plan: Plan) -> float | None:
-        """The last status of a run, with the best of all results; then it is let go."""
+        """The last status of a run, with the best of all results; then it is let go.
+
+        Before that the volume is cleaned: who waits for Complete finds what retention promises.
+        """
         await tell_the_rest(run.context)
+        await self._upkeep.remember_best(run)
+        chore = await self._upkeep.tend(run, over=True)
+        if chore is not None:
+            return chore
         found = self.objects[run.key]
         await self._status.write(run, found, plan, at_once=True)
         await self._drop(run)
@@ -231,15 +281,19 @@ class Reconciler:
     async def _held(self, key: Key, condition: str, reason: str, message: str) -> float:
         """Say why a run cannot go on; it is looked at again with the next change or resync."""
         truth = Truth(type=condition, status=False, reason=reason, message=message)
-        await self._status.say(self.objects[key], truth, self.active.get(key))
+        if key in self.objects:  # else it is gone, and only its keys are left to part with
+            await self._status.say(self.objects[key], truth, self.active.get(key))
         return self._settings.resync_seconds
 
     async def _tell(self, key: Key, event: EmitEvent) -> None:
-        log.info("%s/%s: %s: %s", *key, event.reason, event.message)
         if key in self.objects:
-            await self._events.emit(
-                self.objects[key], reason=event.reason, message=event.message, warning=event.warning
-            )
+            await self._emit(self.objects[key], event)
+
+    async def _emit(self, found: Object, event: EmitEvent) -> None:
+        log.info("%s/%s: %s: %s", *key_of(found), event.reason, event.message)
+        await self._events.emit(
+            found, reason=event.reason, message=event.message, warning=event.warning
+        )
 
     async def _drop(self, run: ActiveRun) -> None:
         await run.close()

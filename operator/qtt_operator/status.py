@@ -13,7 +13,7 @@ from typing import Any
 from qtt_core import plan as p
 from qtt_core.history import ConfigHistory, closed_configs
 from qtt_core.ledger.fold import LedgerState
-from qtt_core.retention import ranked
+from qtt_core.retention import ranked, recommended
 from qtt_core.spec import RunSpec
 from qtt_core.steps import Metric, Recommendation
 from qtt_operator.names import COMPLETE_REASONS, checkpoint_folder
@@ -104,7 +104,9 @@ def _best(
         "score": shown(recommendation.score, metric),
         "observedScore": shown(recommendation.best_observed.score, metric),
         "fidelity": recommendation.fidelity,
-        "checkpoint": checkpoint_folder(str(history.config_id), history.checkpoint_epoch),
+        "checkpoint": checkpoint_folder(
+            str(history.config_id), recommended(history, recommendation) or history.checkpoint_epoch
+        ),
     }
     ended = {"time": _time(history.ended_at)} if history.ended_at else {}
     return _trial(history, metric) | best | ended

@@ -19,7 +19,7 @@ from qtt_core.errors import ClusterError, ClusterUnavailableError
 from qtt_core.jobs import JobDocument, parse_job
 from qtt_core.results import EXIT_CODES, State, StepResult
 from qtt_core.testing.trainer import Volume, result_of
-from qtt_operator.cluster import PODS, Object, Resource
+from qtt_operator.cluster import PODS, RUNS, Object, Resource
 from qtt_operator.cluster_backend import JOB_OF_POD
 
 Key = tuple[str, str, str]
@@ -38,7 +38,11 @@ class FakeCluster:
     """`answer(pod)` is (exit code, message) of a pod's trainer, None while it runs on."""
 
     def __init__(self) -> None:
-        self.objects: dict[Key, Object] = {}
+        self.objects: dict[Key, Object] = {
+            ("persistentvolumeclaims", "default", "data"): {
+                "metadata": {"name": "data", "namespace": "default", "uid": "claim"}
+            }
+        }
         self.version = 100
         self.log: list[tuple[int, str, str, Object]] = []
         self.compacted = 0
@@ -105,10 +109,17 @@ class FakeCluster:
         known = self.objects.get((resource.plural, namespace, name))
         if known is None:
             return None
+        given = body.get("metadata", {}).get("resourceVersion")
+        if given is not None and given != known["metadata"]["resourceVersion"]:
+            raise ClusterError("the object has been modified", status=409, reason="Conflict")
         found = _merge(known, body)
         if not sub and "spec" in body:
             found["metadata"]["generation"] = known["metadata"].get("generation", 1) + 1
-        return copy.deepcopy(self._put("MODIFIED", resource.plural, found))
+        stored = copy.deepcopy(self._put("MODIFIED", resource.plural, found))
+        leaving = "deletionTimestamp" in found["metadata"] and resource == RUNS
+        if leaving and not found["metadata"].get("finalizers"):
+            self.remove(found, resource.plural)
+        return stored
 
     async def delete(
         self, resource: Resource, namespace: str, name: str, *, uid: str, foreground: bool
@@ -153,6 +164,15 @@ class FakeCluster:
     def change(self, found: Object, plural: str) -> None:
         """Store a changed object, as another client would."""
         self._put("MODIFIED", plural, copy.deepcopy(found))
+
+    def delete_gracefully(self, found: Object, plural: str) -> None:
+        """Delete an object as a person does: its finalizers come first."""
+        if not found["metadata"].get("finalizers"):
+            self.remove(found, plural)
+            return
+        found = copy.deepcopy(found)
+        found["metadata"]["deletionTimestamp"] = self._time()
+        self._put("MODIFIED", plural, found)
 
     def remove(self, found: Object, plural: str) -> None:
         """Delete an object, a Job with its pods."""

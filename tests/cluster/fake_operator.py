@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -91,11 +92,13 @@ class FakeOperator:
         copies = Copies(jobs=self._informers(JOBS, trim_job), pods=self._informers(PODS, trim_pod))
         self.copies = copies
         self.client = store.client()
+        self.shift: Callable[[], float] = lambda: 0.0
         self.metrics = Metrics()
         self.reconciler = Reconciler(
             cluster=cluster, copies=copies, store=self.client,  # type: ignore[arg-type]
             share=InProcessShare(), settings=settings, epoch=epoch,  # type: ignore[arg-type]
             enqueue=self.queue.add, fatal=self.fatal.append, metrics=self.metrics,
+            clock=lambda: time.time() + self.shift(),
         )  # fmt: skip
 
     @contextlib.asynccontextmanager
@@ -121,6 +124,10 @@ class FakeOperator:
         async with asyncio.timeout(seconds):
             while not seen():
                 await asyncio.sleep(0.005)
+
+    def shift_clock(self, seconds: Callable[[], float]) -> None:
+        """Let the operator's clock be ahead of the cluster's."""
+        self.shift = seconds
 
     def run(self, name: str = "toy") -> Object:
         """The TuningRun as the server has it."""

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from qtt_core.history import ConfigHistory, Standing
-from qtt_core.ledger.events import Done
-from qtt_core.retention import best_checkpoint, chosen, committed, final_garbage, garbage
-from qtt_core.steps import Best, Recommendation
+from qtt_core.ledger.events import Cancel, Done, Event, Note, Open, Retry
+from qtt_core.retention import (
+    GARBAGE_NOTE,
+    best_checkpoint,
+    chosen,
+    committed,
+    final_garbage,
+    garbage,
+    recommended,
+    survivors,
+    swept,
+    was_swept,
+    without,
+)
+from qtt_core.steps import Best, Recommendation, nonce
 
 POINTS = {1: (1, 3, 6), 2: (2,), 3: (1, 2)}
 
@@ -65,4 +80,122 @@ def test_the_newest_checkpoint_stays_while_the_run_goes_on() -> None:
 
     assert garbage(kept, POINTS, 1) == ("c1/f1",)
     assert garbage(kept, POINTS, 2) == ()
-    assert final_garbage(kept, POINTS) == ("c1/f1", "c1/f6", "c2/f2", "c3/f1", "c3/f2")
+
+
+# --- once the run is over ---------------------------------------------------------------------
+
+
+def opened(c: str, frm: int, to: int, a: int = 0) -> Open:
+    return Open(c=c, frm=frm, to=to, a=a, h=f"h{c}-{to}", res=1.0)
+
+
+def done(c: str, to: int, a: int = 0, state: str = "ok") -> Done:
+    return Done(c=c, to=to, a=a, state=state, epochs=((to, 0.5, 1.0),), dev=1.0)
+
+
+def retry(c: str, to: int, a: int) -> Retry:
+    return Retry(c=c, to=to, a=a, reason="preempted", dev=1.0)
+
+
+STORY: list[Event] = [
+    opened("1", 0, 1), done("1", 1),
+    opened("1", 1, 3), retry("1", 3, 1), done("1", 3, 1),
+    opened("1", 3, 6), Cancel(c="1", to=6, a=0, reason="Stopped"),
+    opened("2", 0, 2), done("2", 2, state="diverged"),
+    opened("3", 0, 1), done("3", 1),
+    opened("eval-abc", 0, 1),
+]  # fmt: skip
+
+
+def swept_volume(paths: set[str], deleted: tuple[str, ...]) -> set[str]:
+    """What is left of a volume; deleting a folder takes what lies in it."""
+    return {p for p in paths if not any(p == d or p.startswith(f"{d}/") for d in deleted)}
+
+
+VOLUME = {
+    "dataset.json", "attempts/prepare.a0",
+    "c1/f1", "c1/f3", "c1/f6.part/1", "c1/attempts/f1.a0", "c1/attempts/f3.a0",
+    "c1/attempts/f3.a1", "c1/attempts/f6.a0", "c1/progress.json",
+    f"c1/.f6.a0.{nonce('h1-6', 0)}", f"c1/.f3.part.a0.{nonce('h1-3', 0)}",
+    "c2/f2", "c2/attempts/f2.a0", "c2/progress.json",
+    "c3/f1", "c3/attempts/f1.a0", "c3/progress.json",
+}  # fmt: skip
+"""What the trainer writes in this story, with everything that a kill may leave."""
+
+LOGS = {"c1/attempts/f3.a0", "c1/attempts/f6.a0"}
+"""Of attempts that ended badly: among the newest twenty."""
+
+
+@pytest.mark.parametrize(
+    ("kept", "stays"),
+    [
+        (set(), LOGS),
+        ({(1, 3)}, {"c1/f3", "c1/attempts/f3.a1", "c1/progress.json"} | LOGS),
+        ({(3, 1)}, {"c3/f1", "c3/attempts/f1.a0", "c3/progress.json"} | LOGS),
+        (
+            {(1, 1), (1, 3), (3, 1)},
+            {"c1/f1", "c1/f3", "c1/attempts/f1.a0", "c1/attempts/f3.a1", "c1/progress.json",
+             "c3/f1", "c3/attempts/f1.a0", "c3/progress.json"} | LOGS,
+        ),
+    ],
+    ids=["None", "the best", "another", "All"],
+)  # fmt: skip
+def test_a_finished_run_leaves_exactly_what_its_policy_keeps(
+    kept: set[tuple[int, int]], stays: set[str]
+) -> None:
+    left = swept_volume(VOLUME, final_garbage(kept, STORY))
+
+    assert left == {"dataset.json", "attempts/prepare.a0"} | stays
+
+
+def test_a_configuration_that_left_nothing_worth_keeping_goes_as_a_whole() -> None:
+    assert final_garbage({(1, 3)}, STORY, only={2, 3}) == ("c2", "c3")
+
+
+def test_only_the_newest_failures_keep_their_logs() -> None:
+    story: list[Event] = []
+    for c in map(str, range(30)):
+        story += [opened(c, 0, 1), Cancel(c=c, to=1, a=0, reason="bug", retire=True)]
+
+    whole = [path for path in final_garbage((), story) if "/" not in path]
+
+    assert whole == [f"c{c}" for c in range(10)]
+
+
+def garbage_note(*paths: str) -> Note:
+    return Note(what=GARBAGE_NOTE, new=json.dumps(paths))
+
+
+def test_what_was_deleted_is_not_asked_for_again_until_it_may_be_back() -> None:
+    events = [*STORY, garbage_note("c1/f1", "c3")]
+
+    paths, gone = swept(events)
+
+    assert paths == {"c1/f1", "c3"}
+    assert gone == {(1, 1), (3, 1)}
+    assert without(("c1/f1", "c1/f3", "c3", "c3/f1", "c30"), paths) == ("c1/f3", "c30")
+    paths, gone = swept([*events, opened("3", 1, 2)])
+    assert (paths, gone) == ({"c1/f1"}, {(1, 1), (3, 1)})
+    assert swept([*events, opened("3", 1, 2), done("3", 1)])[1] == {(1, 1)}
+    assert swept([*STORY, Note(what=GARBAGE_NOTE, old="no pod")]) == (frozenset(), frozenset())
+
+
+@pytest.mark.parametrize(
+    ("c", "epoch", "gone"),
+    [("3", 1, True), ("3", 2, True), ("1", 1, True), ("1", 3, False), ("30", 1, False)],
+)
+def test_a_configuration_may_begin_anew_only_where_its_checkpoint_was_deleted(
+    c: str, epoch: int, gone: bool
+) -> None:
+    notes = [garbage_note("c1/f1", "c3"), Note(what=GARBAGE_NOTE, old="failed")]
+
+    assert was_swept(notes, c, epoch) is gone
+
+
+def test_the_best_and_the_newest_checkpoint_outlive_every_step() -> None:
+    past = replace(HISTORIES[1], saved=((1, 0.1), (3, 0.9), (5, 0.9), (6, 0.8)))
+
+    assert survivors(past) == (3, 6)
+    assert survivors(HISTORIES[1]) == ()
+    assert recommended(past, BEST) == 3
+    assert recommended(past, replace(BEST, fidelity=5)) == 6

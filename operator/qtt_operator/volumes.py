@@ -1,0 +1,118 @@
+"""The claims of one run on a cluster: made on first use, listed, handed over, deleted.
+
+One claim a run, or one a configuration (`checkpoint.scope: Config`). What a claim should look like
+is `claims`' to say; when one may go is `chores`'.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from qtt_core.errors import ClusterError
+from qtt_operator.claims import build_claim, is_per_config, owners
+from qtt_operator.cluster import CLAIMS, Cluster, Object
+from qtt_operator.farewell import claims_of
+from qtt_operator.informer import run_uid
+from qtt_operator.names import CONFIG_LABEL
+from qtt_operator.owner import RunObject
+from qtt_operator.settings import OperatorSettings
+
+log = logging.getLogger(__name__)
+
+CONFLICT = 409
+RELIST_SECONDS = 60.0
+"""Claims change by our own hand; this often we look whether by another's, too."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Volumes:
+    """`run` tells the TuningRun as it is; `known`: configuration -> its claim (scope Config)."""
+
+    cluster: Cluster
+    run: Callable[[], RunObject]
+    settings: OperatorSettings
+    clock: Callable[[], float]
+    known: dict[str, Object] = field(default_factory=dict)
+    _listed_at: float | None = None
+    _made: set[str] = field(default_factory=set)
+    _owned_as: str = ""
+
+    @property
+    def owner(self) -> RunObject:
+        """The TuningRun; its spec may have been edited."""
+        return self.run()
+
+    @property
+    def per_config(self) -> bool:
+        """Whether every configuration has a claim of its own."""
+        return is_per_config(self.owner.run.spec)
+
+    async def ensure(self, c: str = "") -> bool:
+        """Make the claim that a Job mounts; False while an old one of this name is going away."""
+        claim = build_claim(self.owner, self.settings.checkpoint_defaults, c)
+        if claim is None or claim["metadata"]["name"] in self._made:
+            return True
+        namespace, name = claim["metadata"]["namespace"], claim["metadata"]["name"]
+        try:
+            found: Object | None = await self.cluster.create(CLAIMS, namespace, claim)
+        except ClusterError as error:
+            if error.status != CONFLICT:
+                raise
+            found = await self.cluster.get(CLAIMS, namespace, name)
+        if found is None or "deletionTimestamp" in found["metadata"]:
+            return False
+        self._made.add(name)
+        if c:
+            self.known[c] = found
+        return True
+
+    async def refresh(self) -> None:
+        """List the claims of configurations, once in a while. Raises: ClusterError."""
+        now = self.clock()
+        if not self.per_config:
+            return
+        if self._listed_at is not None and now - self._listed_at < RELIST_SECONDS:
+            return
+        found = await claims_of(self.cluster, self.owner.run.namespace, self.owner.uid)
+        self.known = {
+            claim["metadata"]["labels"][CONFIG_LABEL]: claim
+            for claim in found
+            if CONFIG_LABEL in claim["metadata"]["labels"]
+            and "deletionTimestamp" not in claim["metadata"]
+        }
+        self._made = {claim["metadata"]["name"] for claim in self.known.values()}
+        self._listed_at = now
+
+    async def drop(self, c: str) -> None:
+        """Delete a configuration's claim; Kubernetes waits for a pod that still uses it."""
+        claim = self.known.pop(c, None)
+        if claim is None:
+            return
+        name = claim["metadata"]["name"]
+        self._made.discard(name)
+        log.info("%s: deleting it, nothing in it is kept", name)
+        await self.cluster.delete(
+            CLAIMS, self.owner.run.namespace, name, uid=claim["metadata"]["uid"], foreground=False
+        )
+
+    async def hand_over(self) -> None:
+        """Let the claims we made follow `deletionPolicy`, which may be edited at any time.
+
+        Owned by the TuningRun they go with it; owned by nobody they stay.
+        """
+        policy = self.owner.run.spec.deletion_policy
+        if policy == self._owned_as:
+            return
+        wanted, namespace = owners(self.owner), self.owner.run.namespace
+        for claim in await claims_of(self.cluster, namespace, self.owner.uid):
+            metadata = claim["metadata"]
+            mine = [o for o in metadata.get("ownerReferences") or () if o["uid"] == self.owner.uid]
+            if bool(mine) != bool(wanted) and run_uid(claim) == self.owner.uid:
+                others = [
+                    o for o in metadata.get("ownerReferences") or () if o["uid"] != self.owner.uid
+                ]
+                body: Object = {"metadata": {"ownerReferences": [*others, *wanted]}}
+                await self.cluster.patch(CLAIMS, namespace, metadata["name"], body)
+        self._owned_as = policy
