@@ -139,9 +139,9 @@ def operator(testbed: Testbed, root: Path, request: pytest.FixtureRequest) -> Ku
 def simulate(operator: Kube) -> Simulate:
     """`simulate(kube, seconds=3, parallelism=2)` starts a run whose steps sleep so long."""
 
-    def start(kube: Kube, name: str = "sim", **fields: Any) -> Run:
+    def start(kube: Kube, name: str = "sim", *, system: Kube = operator, **fields: Any) -> Run:
         kube.create(claim("data", "1Gi"), simulated(name, **fields))
-        return Run(kube=kube, system=operator, name=name)
+        return Run(kube=kube, system=system, name=name)
 
     return start
 

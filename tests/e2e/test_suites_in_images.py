@@ -18,7 +18,10 @@ from images import tools_folder
 pytestmark = pytest.mark.testbed
 
 SUITES = {"operator": (OPERATOR, "tests/core"), "trainer": (TRAINER, "tests/trainer")}
-SHOWN = ("crds", "docs", "examples", "tests", "pyproject.toml", "README.md")
+SHOWN = (
+    "crds", "docs", "examples", "tests", "benchmarks/make_tiny_hub.py", "pyproject.toml",
+    "README.md",
+)  # fmt: skip
 COMMAND = (
     "python", "-P", "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal",
     "-p", "no:cacheprovider", "-o", "pythonpath=",
@@ -35,6 +38,7 @@ def suite(kube: Kube, testbed: Testbed, root: Path) -> Iterator[list[str]]:
         if source.is_dir():
             shutil.copytree(source, place, ignore=shutil.ignore_patterns("__pycache__"))
         else:
+            place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, place)
     folders = {"checkout": shown, "tools": tools_folder()}
     volumes = []
@@ -55,7 +59,8 @@ def test_its_suite_passes_in_its_image(kube: Kube, suite: list[str], part: str) 
     mounts = [mounted(n, f"/{n}", persistentVolumeClaim=c) for n, c in claims.items()]
     mounts += [mounted("tmp", "/tmp", emptyDir={}), mounted("shm", "/dev/shm", emptyDir={})]
     environment = {"PYTHONPATH": "/tools", "OMP_NUM_THREADS": "1", "HOME": "/tmp", "CI": "1"}
-    script = f'python -c "{TORCH}" && exec {" ".join(COMMAND)} {tests}'
+    # the shell stays process 1: it reaps the orphans that some tests make
+    script = f'python -c "{TORCH}" && {" ".join(COMMAND)} {tests}; exit $?'
     container = {
         "image": image, "command": ["sh", "-c", script], "workingDir": "/checkout",
         "env": [{"name": name, "value": value} for name, value in environment.items()],
