@@ -19,6 +19,7 @@ from qtt_core.plan import CreateJob, JobEnd, JobPhase, Observed, ObservedJob, Op
 from qtt_operator import job_ends
 from qtt_operator.cluster import JOBS, PODS, Cluster, Object
 from qtt_operator.informer import Informers, run_uid, without
+from qtt_operator.isolation import isolate
 from qtt_operator.manifests import build_job, build_pod
 from qtt_operator.names import DECISION_ANNOTATION, HELD_ANNOTATION, SUSPENDED_ANNOTATION
 from qtt_operator.owner import RunObject
@@ -91,6 +92,7 @@ class ClusterBackend:
     _forgotten: set[str] = field(default_factory=set)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     volumes: Volumes = field(init=False)
+    _isolated: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         """Claims follow the same TuningRun and clock."""
@@ -116,6 +118,9 @@ class ClusterBackend:
         """Create the Job; one of this name and decision is adopted, one of another run replaced."""
         opened = self.opened(job.c)
         request = JobRequest(job=job, name=name, document=document, opened=opened, epoch=self.epoch)
+        if self.settings.isolate_steps and not self._isolated:
+            await isolate(self.cluster, self.namespace)
+            self._isolated = True
         if not await self._has_claim(job):
             self.wake_after(SOON_SECONDS)  # an old claim of this name is on its way out
             return

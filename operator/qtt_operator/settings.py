@@ -44,6 +44,8 @@ class OperatorSettings:
     """A pod spec below `spec.template.spec`: node selectors, tolerations, resources."""
     allowed_service_accounts: tuple[str, ...] = ()
     allow_host_path: bool = False
+    isolate_steps: bool = False
+    """Make a NetworkPolicy against all traffic of steps with a run's first Job."""
     checkpoint_defaults: ClaimDefaults = ClaimDefaults()
     weights_claim: str = ""
     optimizer_workers: int = 1

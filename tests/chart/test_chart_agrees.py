@@ -14,7 +14,7 @@ from value_sets import VALUES, Object, of_kind, one
 
 import qtt_core
 from qtt_operator import settings as settings_module
-from qtt_operator.owner import MANAGED as STEP_LABELS
+from qtt_operator.isolation import build_policy
 from qtt_operator.settings import ClaimDefaults, OperatorSettings, load_settings
 
 Render = Callable[..., list[Object]]
@@ -75,7 +75,9 @@ def test_the_operator_reads_the_settings(name: str, render: Render, tmp_path: Pa
 def test_the_chart_changes_no_default_of_the_operator_by_accident(
     render: Render, tmp_path: Path
 ) -> None:
-    of_the_place = {"redis_url", "redis_password_file", "lease_namespace", "trainer_image"}
+    of_the_place = {
+        "redis_url", "redis_password_file", "lease_namespace", "trainer_image", "isolate_steps",
+    }  # fmt: skip
     settings, plain = settings_of(render("default"), tmp_path), OperatorSettings()
 
     assert {
@@ -146,7 +148,7 @@ def test_the_policy_for_steps_chooses_the_pods_that_the_operator_makes(render: R
         "NetworkPolicy", "quicktune-operator-steps",
     )  # fmt: skip
 
-    assert policy["spec"]["podSelector"]["matchLabels"].items() <= STEP_LABELS.items()
+    assert policy["spec"] == build_policy("vision")["spec"]
 
 
 def used_by_the_code() -> set[tuple[str, str, str]]:

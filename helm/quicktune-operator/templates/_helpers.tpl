@@ -75,6 +75,9 @@ redis://quicktune@{{ include "quicktune.fullname" . }}-redis.{{ .Release.Namespa
 - {apiGroups: [""], resources: [persistentvolumeclaims], verbs: [get, list, create, patch, delete]}
 - {apiGroups: [""], resources: [configmaps], verbs: [get]}
 - {apiGroups: [""], resources: [events], verbs: [create]}
+{{- if not .Values.watchNamespaces }}
+- {apiGroups: [networking.k8s.io], resources: [networkpolicies], verbs: [get, create]}     # of steps; elsewhere the chart makes it
+{{- end }}
 {{- end -}}
 
 {{/* What values.schema.json cannot say. */}}
