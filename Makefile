@@ -18,7 +18,7 @@ INSTALL := -c constraints.txt -c constraints-torch.txt -e '.[local,operator,dev]
 .PHONY: help venv demo test check check-chart crds slow bench clean FORCE
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 13
+	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 13
 
 venv: $(STAMP) ## make or refresh .venv (PYTHON=python3.12 to choose the interpreter)
 
@@ -73,6 +73,9 @@ testbed: venv ## the end-to-end tests, in a Kubernetes that they boot; needs Lin
 	@$(PY) tests/testbed/machine.py
 	@images=$$($(PY) tests/testbed/images.py) && $(CLUSTER) --image $$images -- \
 		tests/testbed/run_tests.sh $(PY) $(PYTEST_FLAGS)
+
+e2e: ## that cluster, the chart, a run to Complete, upgrade and rollback in its middle, uninstall
+	@$(MAKE) --no-print-directory testbed PYTEST_FLAGS="-k test_chart $(PYTEST_FLAGS)"
 
 cluster: venv ## a shell in the same cluster, operator installed; it ends with the shell
 	@$(PY) tests/testbed/machine.py
