@@ -2,6 +2,7 @@
 
 QuickTuneError
 ├── SpecError                 the user's input: all faults at once, each with field, value, remedy
+│   └── NotFoundError           what a manifest names is not there; it may come without an edit
 ├── DataError                 the user's images
 ├── SpecDriftError            a manifest changed under a started run
 ├── UnknownConfigurationError a config id nobody proposed
@@ -67,6 +68,10 @@ class SpecError(QuickTuneError):
         super().__init__("\n".join(str(fault) for fault in self.faults))
 
 
+class NotFoundError(SpecError):
+    """A manifest names what is not there; it may appear without an edit."""
+
+
 class DataError(QuickTuneError):
     """Images or folders that cannot be trained on; the message names what and where."""
 
@@ -104,7 +109,11 @@ class StoreError(QuickTuneError):
 
 
 class StoreUnavailableError(StoreError):
-    """Redis cannot be reached; nothing was lost, a retry helps."""
+    """Redis cannot be used; nothing was lost, a retry helps. `reason`: of `StoreAvailable`."""
+
+    def __init__(self, message: str, *, reason: str = "Unreachable") -> None:
+        self.reason = reason
+        super().__init__(message)
 
 
 class StaleEpochError(StoreError):
@@ -112,7 +121,14 @@ class StaleEpochError(StoreError):
 
 
 class OptimizerError(QuickTuneError):
-    """An optimizer worker died, timed out or answered nonsense."""
+    """An optimizer worker died, timed out or answered nonsense.
+
+    `reason`: of the condition `OptimizerHealthy`: Timeout, OutOfMemory or Failed.
+    """
+
+    def __init__(self, message: str, *, reason: str = "Failed") -> None:
+        self.reason = reason
+        super().__init__(message)
 
 
 class ClusterError(QuickTuneError):

@@ -27,6 +27,7 @@ from qtt_core.ledger.events import (
     is_pseudo,
 )
 from qtt_core.ledger.fold import step_epochs
+from qtt_core.results import State
 from qtt_core.steps import Abandon, Config, Observation, OptimizerEvent, Outcome, Proposal, Why
 
 
@@ -256,7 +257,7 @@ def optimizer_events(
         elif isinstance(event, Fail):
             feed.append((event.id, _failure(event)))
         elif isinstance(event, Cancel) and not is_pseudo(event.c):
-            feed.append((event.id, Abandon(config_id=int(event.c), retire=event.retire)))
+            feed.append((event.id, _abandoned(event)))
     return feed
 
 
@@ -405,6 +406,11 @@ def _observation(event: Done, head: int) -> Observation:
         effective_batch=event.eb or None,
         memory_mb=event.mem or None,
     )
+
+
+def _abandoned(event: Cancel) -> Abandon:
+    gone = event.retire and event.reason == State.WEIGHTS_UNAVAILABLE  # the hub said 401, 403, 404
+    return Abandon(config_id=int(event.c), retire=event.retire, model_gone=gone)
 
 
 def _failure(event: Fail) -> Observation:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from qtt_core.ledger.events import PREPARE, is_evaluation, is_pseudo
 from qtt_core.ledger.fold import FINETUNE_NOTE, RETRY_NOTE, LedgerState, OpenEntry, position
 from qtt_core.plan import JobPhase, ObservedJob, Phase, PlannerInput
 from qtt_core.results import State
-from qtt_core.spec import Budget
-from qtt_core.steps import BudgetView
+from qtt_core.spec import Budget, RunSpec
+from qtt_core.steps import BudgetView, digest
 
 PREPARE_TIMEOUT = 4 * 3600.0
 BUGS_IN_A_ROW, INVALID_IN_A_ROW, INFRA_IN_A_ROW = 5, 3, 3
@@ -103,6 +103,11 @@ def step_timeout(i: PlannerInput, entry_c: str, reserved: float) -> float:
     return max(900.0, 10 * reserved / i.spec.charged_devices + 300.0)
 
 
+def template_hash(spec: RunSpec) -> str:
+    """Which pod template a decision was made under; empty without one."""
+    return digest(spec.template)[:12] if spec.template else ""
+
+
 def end_reason(i: PlannerInput) -> tuple[str, str] | None:
     """Why no further step may be opened: (reason of Complete or Failed, message), or None."""
     ledger, spec = i.ledger, i.spec
@@ -180,6 +185,12 @@ def held(i: PlannerInput) -> tuple[str, str] | None:
             "InfraRetriesExhausted",
             f"{i.ledger.cancelled_in_a_row} steps in a row used up their retries; see the logs",
         )
+    lacking = i.ledger.prepared.missing_weights if i.ledger.prepared is not None else ()
+    if lacking and i.spec.weights.fetch == "Never":
+        return "WeightsMissing", (
+            f"no pretrained weights for {', '.join(lacking)}, and weights.fetch is Never: put them"
+            " on the claim, then annotate quicktune.dev/retry with a new token"
+        )
     if i.ledger.dataset_changed:
         return "DatasetChanged", i.ledger.dataset_changed
     full = [e.c for e in i.ledger.open.values() if e.retries[-1:] == (State.DISK_FULL.value,)]
@@ -196,6 +207,33 @@ def _regressed(steps: int) -> str:
     return (
         f"the store lacks {steps} steps that were counted; jobs that still exist are read again."
         " Restore it, or go on without them: annotate quicktune.dev/retry with a new token"
+    )
+
+
+def volumes_taken(i: PlannerInput) -> set[str]:
+    """Configurations that have a volume of their own, or are about to get one."""
+    return set(i.observed.volumes or ()) | {entry.c for entry in tuning(i)}
+
+
+def lacks_volume(i: PlannerInput, config_id: int, taken: Collection[str]) -> bool:
+    """Whether a configuration needs a volume more than `checkpoint.maxVolumes` allows."""
+    checkpoint = i.spec.checkpoint
+    if i.observed.volumes is None or checkpoint is None or checkpoint.max_volumes is None:
+        return False
+    return str(config_id) not in taken and len(taken) >= checkpoint.max_volumes
+
+
+def waits_for_volume(i: PlannerInput) -> tuple[str, str] | None:
+    """Why nothing runs although there are proposals: every one of them needs a volume more."""
+    taken, proposals = volumes_taken(i), i.optimizer.proposals
+    if tuning(i) or not proposals:
+        return None
+    if not all(lacks_volume(i, proposal.config_id, taken) for proposal in proposals):
+        return None
+    return (
+        "NoProgress",
+        f"checkpoint.maxVolumes: {len(taken)} volumes hold configurations that may go on; "
+        "the least promising one is deleted for the next",
     )
 
 

@@ -148,12 +148,12 @@ class Optimizer:
             if grow is not None:
                 grow(self.trials)
 
-    def abandon(self, config_id: int, *, retire: bool = False) -> None:
-        """Its open proposal ended untold; retire = never propose it again.
+    def abandon(self, config_id: int, *, retire: bool = False, model_gone: bool = False) -> None:
+        """Its open proposal ended untold; retire = never propose it again, as in `Abandon`.
 
         Raises: UnknownConfigurationError.
         """
-        event = Abandon(config_id=config_id, retire=retire)
+        event = Abandon(config_id=config_id, retire=retire, model_gone=model_gone)
         self.trials.abandon(event)
         self._events.append(event)
 
@@ -164,7 +164,7 @@ class Optimizer:
         elif isinstance(event, Observation):
             self.tell(event)
         else:
-            self.abandon(event.config_id, retire=event.retire)
+            self.abandon(event.config_id, retire=event.retire, model_gone=event.model_gone)
 
     def retract(self) -> None:
         """Forget proposals that were asked for and never opened, abandoned or told.

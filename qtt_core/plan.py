@@ -121,6 +121,8 @@ class Observed:
     synced_at: float = 0.0
     devices: int = 512
     """How many jobs the back end can run at once (locally: the device slots)."""
+    volumes: frozenset[str] | None = None
+    """Configurations that have a volume of their own; None where all share one."""
 
 
 # --- the other inputs --------------------------------------------------------------------------
@@ -158,6 +160,10 @@ class OptimizerView:
     proposals: tuple[Proposal, ...] = ()
     finished: str | None = None
     error: str = ""
+    fault: str = ""
+    """The kind of the error: a reason of the condition `OptimizerHealthy`."""
+    fallback: bool = False
+    """Proposals come from random search until the optimizer is well again."""
     retry_at: float = 0.0
     """When the failed call may be tried again, seconds since 1970."""
 

@@ -40,6 +40,7 @@ from qtt_core.limits import (
     held,
     is_lost,
     is_resting,
+    lacks_volume,
     lost_steps,
     may_open,
     may_reopen,
@@ -50,7 +51,10 @@ from qtt_core.limits import (
     step_timeout,
     steps_left,
     steps_of,
+    template_hash,
     tuning,
+    volumes_taken,
+    waits_for_volume,
     wallclock_left,
 )
 from qtt_core.plan import (
@@ -130,7 +134,7 @@ def decide(i: PlannerInput) -> Plan:
         if work:
             break
     rest = work or (Requeue(after=_next_deadline(i)),)
-    return Plan(actions=(*steering, *rest), phase=phase(i), held=held(i))
+    return Plan(actions=(*steering, *rest), phase=phase(i), held=held(i) or waits_for_volume(i))
 
 
 # --- policies, in the order they are tried ----------------------------------------------------
@@ -186,9 +190,9 @@ def _commit(i: PlannerInput, entry: OpenEntry, job: ObservedJob) -> Iterator[Act
     else:
         event = settle(entry, job.verdict, job.end, i.spec)
         yield Commit(event=event)
-        if is_evaluation(entry.c):
-            yield from _said(event)
-        elif job.verdict.reason == "bad_data" or (entry.c == PREPARE and isinstance(event, Cancel)):
+        yield from _said(event, job.verdict)
+        given_up = entry.c == PREPARE and isinstance(event, Cancel)
+        if given_up or (job.verdict.reason == "bad_data" and not is_evaluation(entry.c)):
             reason = "BadData" if job.verdict.kind is Ending.BAD_DATA else "TooManyFailedConfigs"
             yield _closing(i, reason, job.verdict.message)
     yield Forget(job=job.name)
@@ -200,13 +204,16 @@ def _evaluated(entry: OpenEntry, verdict: Verdict) -> Note:
     return Note(what=EVALUATION, new=scores, c=entry.c, to=entry.to, a=entry.attempt)
 
 
-def _said(event: Done | Fail | Retry | Cancel) -> Iterator[Action]:
-    """An evaluation that was given up: nobody else would hear of it."""
-    if isinstance(event, Cancel | Fail):
-        words = (
-            f"{event.c}: {event.msg or event.reason if isinstance(event, Cancel) else event.msg}"
-        )
-        yield EmitEvent(reason="EvaluationFailed", message=words, warning=True)
+def _said(event: Done | Fail | Retry | Cancel, verdict: Verdict) -> Iterator[Action]:
+    """Ends that a person should hear of: faults of the trainer, evaluations that were given up."""
+    words = {Ending.BAD_JOB: "JobRefused", Ending.BUG: "TrainerFailed"}
+    reason = words.get(verdict.kind)
+    if is_evaluation(event.c) and isinstance(event, Cancel | Fail):
+        reason = "EvaluationFailed"
+    if reason is not None:
+        name = event.c if is_pseudo(event.c) else f"configuration {event.c}"
+        message = f"{name} -> {event.to}: {verdict.reason}: {verdict.message[-300:]}"
+        yield EmitEvent(reason=reason, message=message, warning=True)
 
 
 def _closing(i: PlannerInput, reason: str, message: str) -> RecordNote:
@@ -362,7 +369,7 @@ def _prepare(i: PlannerInput) -> Iterator[Action]:
         )  # fmt: skip
         event = Open(
             c=PREPARE, frm=frm, to=frm + 1, a=next_attempt(i, PREPARE, frm + 1), h=decision,
-            res=PREPARE_SECONDS, ver=i.identity.version,
+            res=PREPARE_SECONDS, ver=i.identity.version, tpl=template_hash(i.spec),
         )  # fmt: skip
         yield OpenStep(event=event, config=None)
     idle = not (i.optimizer.loaded or i.optimizer.busy or is_resting(i))
@@ -373,12 +380,15 @@ def _prepare(i: PlannerInput) -> Iterator[Action]:
 def _open(i: PlannerInput) -> Iterator[Action]:
     """Record the optimizer's proposals that the budget still admits; give the others back."""
     steps, seconds = steps_left(i), seconds_left(i)
-    free = slots(i) - len(tuning(i))
+    free, taken = slots(i) - len(tuning(i)), volumes_taken(i)
     for proposal in i.optimizer.proposals:
         admitted = may_open(i) and free > 0 and steps >= 1 and seconds > 0
         if not admitted or str(proposal.config_id) in i.ledger.open or held(i):
             yield Abandon(config_id=proposal.config_id)
             continue
+        if lacks_volume(i, proposal.config_id, taken):
+            continue  # it waits; the next answer of the optimizer takes its place
+        taken.add(str(proposal.config_id))
         event = _opened(i, proposal, steps)
         yield OpenStep(event=event, config=proposal.config)
         free -= 1
@@ -402,7 +412,7 @@ def _opened(i: PlannerInput, proposal: Proposal, steps_left: float) -> Open:
         c=str(proposal.config_id), frm=frm, to=to, a=next_attempt(i, str(proposal.config_id), to),
         h=decision, why=proposal.why.to_json(),
         res=proposal.expected_seconds * share * i.spec.charged_devices,
-        ver=i.identity.version,
+        ver=i.identity.version, tpl=template_hash(i.spec),
     )  # fmt: skip
 
 

@@ -317,10 +317,14 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abandon:
-    """An open proposal that ended untold; `retire` = never propose the configuration again."""
+    """An open proposal that ended untold; `retire` = never propose the configuration again.
+
+    `model_gone`: nor any other of its model, whose weights nobody can have.
+    """
 
     config_id: int
     retire: bool = False
+    model_gone: bool = False
 
 
 OptimizerEvent = Proposal | Observation | Abandon
@@ -333,7 +337,7 @@ def event_to_json(event: OptimizerEvent) -> dict[str, Any]:
         return {"proposal": event.to_json()}
     if isinstance(event, Observation):
         return {"observation": event.to_json()}
-    return {"abandon": {"config_id": event.config_id, "retire": event.retire}}
+    return {"abandon": {name: getattr(event, name) for name in Abandon.__slots__}}
 
 
 def event_from_json(raw: Mapping[str, Any]) -> OptimizerEvent:

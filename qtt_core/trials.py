@@ -84,6 +84,8 @@ class Trials:
         self._recorded: set[int] = set()
         self._trials: dict[int, Trial] = {}
         self._tentative: dict[int, Proposal] = {}
+        self._gone: set[object] = set()
+        """Models whose weights nobody can have: only what has a checkpoint goes on."""
 
     # --- candidates --------------------------------------------------------------------------
 
@@ -111,11 +113,12 @@ class Trials:
         return [trial for trial in self.all() if trial.pending_to is not None]
 
     def is_trainable(self, trial: Trial) -> bool:
-        """Not pending, not closed, not retired, not at T."""
+        """Not pending, not closed, not retired, not at T; a new one's model can be had."""
         return (
             trial.pending_to is None
             and trial.failure is None
             and not trial.retired
+            and (trial.t > 0 or trial.config.get("model") not in self._gone)
             and trial.t < self.max_fidelity
         )
 
@@ -171,6 +174,8 @@ class Trials:
         self._confirm(trial)
         trial.pending_to = None
         trial.retired = trial.retired or event.retire
+        if event.model_gone:
+            self._gone.add(trial.config.get("model"))
 
     def tell(self, observation: Observation) -> bool:
         """Take a result over; False if all of it was known already.

@@ -22,6 +22,7 @@ from qtt_core.limits import (
     slots,
     steps_left,
     steps_of,
+    template_hash,
     tuning,
     wished,
 )
@@ -120,6 +121,7 @@ def _opened_evaluation(i: PlannerInput, evaluation: Evaluation) -> OpenStep:
     event = Open(
         c=c, frm=0, to=1, a=next_attempt(i, c, 1), h=decision, res=0.0, why=why,
         ver=i.identity.version,
+        tpl=template_hash(i.spec),
     )  # fmt: skip
     return OpenStep(event=event, config=None)
 
@@ -191,6 +193,7 @@ def _to_the_end(i: PlannerInput, x: Candidate, left: float) -> Open:
     return Open(
         c=c, frm=frm, to=to, a=next_attempt(i, c, to), h=decision,
         res=_seconds(i, x, frm, to), why=Why(rule=FINETUNE_NOTE).to_json(), ver=i.identity.version,
+        tpl=template_hash(i.spec),
     )  # fmt: skip
 
 

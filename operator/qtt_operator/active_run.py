@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import qtt_core
-from qtt_core.errors import Fault, StaleEpochError
+from qtt_core.errors import SpecDriftError, StaleEpochError
 from qtt_core.fields import raise_faults
 from qtt_core.ledger.events import PREPARE, Open
 from qtt_core.ledger.fold import LedgerState, fold
@@ -28,8 +28,9 @@ from qtt_operator.names import EVALUATE_ANNOTATION, FINETUNE_ANNOTATION, RETRY_A
 from qtt_operator.optimizer_share import OptimizerShare, SharedOptimizer
 from qtt_operator.owner import RunObject
 from qtt_operator.pod_rules import refused
+from qtt_operator.redis_client import refuse_eviction
 from qtt_operator.redis_ledger import RedisLedger
-from qtt_operator.references import places, resolve
+from qtt_operator.references import places, require_claims, resolve
 from qtt_operator.settings import OperatorSettings
 from qtt_operator.turn import Reply, RunContext
 
@@ -117,7 +118,8 @@ class Wake(asyncio.Event):
 async def start_run(key: Key, found: Object, around: Surroundings) -> ActiveRun:
     """Parse, resolve, fence, read, and try the Pod on the server.
 
-    Raises: SpecError with every fault; StaleEpochError; StoreUnavailableError; ClusterError.
+    Raises: SpecError with every fault; SpecDriftError; StaleEpochError; StoreUnavailableError;
+    ClusterError.
     """
     owner = owner_of(found, around.settings)
     run = owner.run
@@ -127,6 +129,10 @@ async def start_run(key: Key, found: Object, around: Surroundings) -> ActiveRun:
         raise StaleEpochError(f"epoch {around.epoch} is fenced; a newer leader works")
     state = fold(await ledger.read())
     check_drift(state, owner, resolved.files)
+    if state.prepared is None:
+        await require_claims(around.cluster, run)
+    if state.run is None:
+        await refuse_eviction(ledger.client)
     optimizer = around.share.port()
     contents = RunContents(
         spec=run.spec, identity=replace(_identity(owner, state), files=resolved.files),
@@ -187,7 +193,7 @@ def _assemble(
 
 
 def apply_spec(run: ActiveRun, found: Object, settings: OperatorSettings) -> None:
-    """The spec was edited: mutable fields act from now on. Raises: SpecError."""
+    """The spec was edited: mutable fields act from now on. Raises: SpecError, SpecDriftError."""
     owner = owner_of(found, settings)
     check_drift(run.context.state, owner)
     if owner.run.spec.template != run.backend.owner.run.spec.template:
@@ -223,7 +229,7 @@ def owner_of(found: Object, settings: OperatorSettings) -> RunObject:
 def check_drift(
     state: LedgerState, owner: RunObject, files: Mapping[str, str] | None = None
 ) -> None:
-    """Raises: SpecError if the run that was started is another one.
+    """Raises: SpecDriftError if the run that was started is another one.
 
     Old servers ignore CEL, and no server looks into the ConfigMaps (`files`: field -> digest).
     """
@@ -231,8 +237,8 @@ def check_drift(
         changed = changed_immutable_fields(state.run.spec, owner.run.raw_spec)
         recorded = state.run.files
         changed += [n for n, sha in (files or {}).items() if recorded.get(n, sha) != sha]
-        remedy = "is immutable: this run has started"
-        raise_faults([Fault(name, "changed", remedy) for name in changed])
+        if changed:
+            raise SpecDriftError(changed, "put them back, or start another run")
 
 
 def wishes_of(found: Object) -> Wishes:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from qtt_operator.conditions import Truth
 from qtt_operator.names import RUN_UID_LABEL
 
 Condition = dict[str, Any]
@@ -20,16 +20,6 @@ Status = dict[str, Any]
 
 MESSAGE_LENGTH = 1024
 TERMINAL = ("Complete", "Failed")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Truth:
-    """A condition as it should be now."""
-
-    type: str
-    status: bool
-    reason: str
-    message: str = ""
 
 
 def with_conditions(

@@ -8,6 +8,28 @@ COMPLETE_REASONS = ("BudgetExhausted", "GoalReached", "GainExhausted", "SpaceExh
 FAILED_REASONS = ("TooManyFailedConfigs", "BadData", "CheckpointVolumeLost", "StoreLost")
 
 
+REASONS = {
+    "Accepted": (
+        "Valid", "Invalid", "InvalidSearchSpace", "DatasetNotFound", "BadData", "WeightsMissing",
+        "PodRejected", "SpecDrift",
+    ),
+    "StoreAvailable": (
+        "Connected", "Unreachable", "ReadOnly", "EvictionPolicy", "DataRegressed", "NewerSchema",
+    ),
+    "OptimizerHealthy": (
+        "Ready", "Timeout", "OutOfMemory", "Failed", "FallbackRandom", "VersionSkew",
+    ),
+    "Progressing": (
+        "StepsRunning", "WaitingForQuota", "Unschedulable", "ImagePull", "InfraRetriesExhausted",
+        "DiskFull", "NoProgress",
+    ),
+    "Suspended": ("UserRequested", "Draining", "DatasetChanged"),
+    "Complete": (*COMPLETE_REASONS, "Reopened"),
+    "Failed": (*FAILED_REASONS, "Reopened"),
+}  # fmt: skip
+"""Type of a condition -> its reasons; a run that ended is not `Progressing` for the same reason."""
+
+
 def job_name(run: str, c: str, to: int, attempt: int) -> str:
     """`birds-c12-f3-a0`, `birds-prepare-a0`: deterministic, so that a create is idempotent."""
     return f"{run}-c{c}-f{to}-a{attempt}" if c.isdigit() else f"{run}-{c}-a{attempt}"

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
@@ -57,6 +58,10 @@ class SpaceIdentity:
 
 class _WorkerLostError(Exception):
     """The worker died, timed out or sent no frame: kill it and replay."""
+
+    def __init__(self, message: str, reason: str = "Failed") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class OptimizerClient:
@@ -181,6 +186,7 @@ class OptimizerClient:
         self, op: str, arguments: Mapping[str, Any], *, loaded: bool = True
     ) -> dict[str, Any]:
         """Send a request and wait for its reply, over restarts and replays if need be."""
+        reason = "Failed"
         async with self._lock:
             for strike in range(1, STRIKES + 1):
                 try:
@@ -190,6 +196,7 @@ class OptimizerClient:
                     return await self._exchange(op, arguments)
                 except _WorkerLostError as loss:
                     tail = " | ".join(self._stderr)
+                    reason = loss.reason
                     await self.close()
                     log.warning("optimizer worker lost in %s, strike %d: %s", op, strike, loss)
                 except QuickTuneError:
@@ -197,7 +204,8 @@ class OptimizerClient:
                     raise
             raise OptimizerError(
                 f"the optimizer worker failed {STRIKES} times in {op!r}; "
-                f"its last words: {tail or 'none'}"
+                f"its last words: {tail or 'none'}",
+                reason=reason,
             )
 
     async def _replay(self) -> None:
@@ -223,9 +231,10 @@ class OptimizerClient:
                 header = await process.stdout.readexactly(HEADER.size)
                 reply = decode(await process.stdout.readexactly(length(header)))
         except TimeoutError as error:
-            raise _WorkerLostError(f"no answer within {limit:.0f} s") from error
+            raise _WorkerLostError(f"no answer within {limit:.0f} s", "Timeout") from error
         except (asyncio.IncompleteReadError, ConnectionError, OptimizerError) as error:
-            raise _WorkerLostError(str(error) or type(error).__name__) from error
+            words = str(error) or type(error).__name__
+            raise _WorkerLostError(words, await self._why_lost(process)) from error
         self._warm = True
         if reply.get("id") != self._counter:
             raise _WorkerLostError(f"reply {reply.get('id')!r} to request {self._counter}")
@@ -233,6 +242,13 @@ class OptimizerClient:
             raise error_from_json(reply["error"])
         result: dict[str, Any] = reply["ok"]
         return result
+
+    @staticmethod
+    async def _why_lost(process: Process) -> str:
+        """A SIGKILL that was not ours is the kernel's, which had no memory left."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), 1.0)
+        return "OutOfMemory" if process.returncode == -signal.SIGKILL else "Failed"
 
     async def _keep_stderr(self, process: Process) -> None:
         """Keep the worker's last lines for the error that may come."""

@@ -12,7 +12,14 @@ from collections.abc import Callable
 
 from redis.asyncio import Redis
 
-from qtt_core.errors import LedgerError, SpecError, StaleEpochError, StoreUnavailableError
+from qtt_core.errors import (
+    LedgerError,
+    NotFoundError,
+    SpecDriftError,
+    SpecError,
+    StaleEpochError,
+    StoreUnavailableError,
+)
 from qtt_core.ledger.fold import EVALUATE_NOTE, FINETUNE_NOTE, RETRY_NOTE, step_epochs
 from qtt_core.plan import Action, Commit, EmitEvent, OpenStep, Plan, RecordNote
 from qtt_core.wishes import note_key
@@ -28,7 +35,8 @@ from qtt_operator.active_run import (
 from qtt_operator.cluster import RUNS, Cluster, Object
 from qtt_operator.cluster_backend import ClusterBackend, Copies, is_recorded
 from qtt_operator.cluster_events import Events
-from qtt_operator.cluster_status import Truth, ended
+from qtt_operator.cluster_status import ended
+from qtt_operator.conditions import Truth, of_error
 from qtt_operator.farewell import Farewell
 from qtt_operator.job_ends import seconds
 from qtt_operator.leader import LeadershipLostError
@@ -50,7 +58,8 @@ TURNS = 10
 REFUSALS = 3
 """Turns in a row that write and find nothing written: the store is not what we remember."""
 
-STORE_AWAY_SECONDS = 3.0
+STORE_AWAY_SECONDS, ABSENT_SECONDS = 3.0, 15.0
+"""Until a store that was away, or a claim that was not there, is looked for again."""
 
 
 class Reconciler:
@@ -139,13 +148,14 @@ class Reconciler:
         try:
             await self._part(key)
             return None if found is None else await self._bring_forward(key, found, run)
-        except SpecError as error:
+        except (SpecError, SpecDriftError) as error:
             result = "invalid"
-            return await self._held(key, "Accepted", "Invalid", str(error))
+            again = await self._held(key, of_error(error))
+            return min(again, ABSENT_SECONDS) if isinstance(error, NotFoundError) else again
         except StoreUnavailableError as error:
             result = "store"
             self._metrics.add("store_errors", "turn")
-            await self._held(key, "StoreAvailable", "Unreachable", str(error))
+            await self._held(key, of_error(error))
             return STORE_AWAY_SECONDS
         except LedgerError as error:
             result = "ledger"
@@ -153,7 +163,7 @@ class Reconciler:
                 await self._drop(run)
                 return 0.0
             log.error("%s/%s: %s", *key, error)
-            return await self._held(key, "StoreAvailable", "DataRegressed", str(error))
+            return await self._held(key, of_error(error))
         except (StaleEpochError, LeadershipLostError) as error:
             self._fatal(error)
             return None
@@ -190,7 +200,9 @@ class Reconciler:
         plan, again = await self._turns(run)
         self._count(run)
         if plan.held is not None and plan.held[0] == "DataRegressed":
-            await self._held(key, "StoreAvailable", *plan.held)  # what was counted stays
+            reason, message = plan.held
+            truth = Truth(type="StoreAvailable", status=False, reason=reason, message=message)
+            await self._held(key, truth)  # what was counted stays
             return STORE_AWAY_SECONDS if again is None else again
         if run.context.state.closed is not None and again is None:
             return await self._finish(run, plan) if run.is_still else STORE_AWAY_SECONDS
@@ -278,9 +290,8 @@ class Reconciler:
         await self._cluster.delete(RUNS, namespace, name, uid=_uid(found), foreground=False)
         return None
 
-    async def _held(self, key: Key, condition: str, reason: str, message: str) -> float:
+    async def _held(self, key: Key, truth: Truth) -> float:
         """Say why a run cannot go on; it is looked at again with the next change or resync."""
-        truth = Truth(type=condition, status=False, reason=reason, message=message)
         if key in self.objects:  # else it is gone, and only its keys are left to part with
             await self._status.say(self.objects[key], truth, self.active.get(key))
         return self._settings.resync_seconds

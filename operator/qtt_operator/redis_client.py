@@ -37,6 +37,8 @@ _SCHEMES = ("redis", "rediss", "unix")
 _WAIT = re.compile(r"\b(MISCONF|LOADING|READONLY|OOM|NOREPLICAS|MASTERDOWN|CLUSTERDOWN|TRYAGAIN)\b")
 """Refusals that end by themselves or by an admin's hand; a script's error has the word inside."""
 
+_BUSY = re.compile(r"\b(LOADING|MASTERDOWN|CLUSTERDOWN|TRYAGAIN)\b")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEntry:
@@ -148,7 +150,8 @@ def store_errors(client: Redis) -> Iterator[None]:
             ) from error
         if _WAIT.search(f"{code} {text}"):
             raise StoreUnavailableError(
-                f"Redis at {address_of(client)} accepts no writes now: {text}"
+                f"Redis at {address_of(client)} accepts no writes now: {text}",
+                reason="Unreachable" if _BUSY.search(f"{code} {text}") else "ReadOnly",
             ) from error
         raise StoreError(f"Redis at {address_of(client)} answered: {text}") from error
     except failures.RedisError as error:
@@ -197,6 +200,19 @@ async def syncs_always(client: Redis) -> bool:
     except StoreError:
         return False
     return bool(found.get("appendfsync") == "always")
+
+
+async def refuse_eviction(client: Redis) -> None:
+    """Raises: StoreUnavailableError if the server may drop keys when its memory is full."""
+    try:
+        with store_errors(client):
+            found: Any = await client.config_get("maxmemory-policy")
+    except StoreError:
+        return  # a hosted server that does not tell; one that is away is found out elsewhere
+    policy = found.get("maxmemory-policy", "noeviction")
+    if policy != "noeviction":
+        text = f"maxmemory-policy is {policy}: Redis may drop the ledger; set `noeviction`"
+        raise StoreUnavailableError(text, reason="EvictionPolicy")
 
 
 async def check_store(client: Redis) -> list[str]:

@@ -10,11 +10,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from qtt_core.errors import Fault, SpecError
+from qtt_core.errors import Fault, NotFoundError, SpecError
 from qtt_core.hub import Hub, load_hub, read_hub, select
 from qtt_core.spec import Reference, TuningRun
 from qtt_core.steps import digest
-from qtt_operator.cluster import CONFIG_MAPS, Cluster
+from qtt_operator.cluster import CLAIMS, CONFIG_MAPS, Cluster
 from qtt_operator.documents import Places
 from qtt_operator.pods import CHECKPOINTS, DATA, SCRATCH, WEIGHTS
 
@@ -63,10 +63,22 @@ def _digest(name: str, text: str) -> str:
         raise SpecError([Fault(name, "text", f"is no JSON: {error}")]) from error
 
 
+async def require_claims(cluster: Cluster, run: TuningRun) -> None:
+    """Raises: NotFoundError if a claim that the manifest names is not there; ClusterError."""
+    named = {
+        "spec.dataset.claimName": run.spec.dataset.claim_name,
+        "spec.weights.claimName": run.spec.weights.claim_name,
+    }
+    for name, claim in named.items():
+        if claim and await cluster.get(CLAIMS, run.namespace, claim) is None:
+            remedy = f"no such PersistentVolumeClaim in {run.namespace}"
+            raise NotFoundError([Fault(name, claim, remedy)])
+
+
 async def _text(cluster: Cluster, namespace: str, name: str, reference: Reference) -> str:
     found = await cluster.get(CONFIG_MAPS, namespace, reference.name)
     if found is None:
-        raise SpecError([Fault(name, reference.name, f"no such ConfigMap in {namespace}")])
+        raise NotFoundError([Fault(name, reference.name, f"no such ConfigMap in {namespace}")])
     data = found.get("data") or {}
     if reference.key not in data:
         keys = ", ".join(sorted(data)) or "it is empty"

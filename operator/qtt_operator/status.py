@@ -13,10 +13,12 @@ from typing import Any
 from qtt_core import plan as p
 from qtt_core.history import ConfigHistory, closed_configs
 from qtt_core.ledger.fold import LedgerState
+from qtt_core.limits import template_hash
 from qtt_core.retention import ranked, recommended
 from qtt_core.spec import RunSpec
 from qtt_core.steps import Metric, Recommendation
-from qtt_operator.names import COMPLETE_REASONS, checkpoint_folder
+from qtt_operator.conditions import Truth, of_run
+from qtt_operator.names import checkpoint_folder
 from qtt_operator.status_schema import MESSAGE_LENGTH, TOP
 
 Condition = dict[str, Any]
@@ -40,7 +42,7 @@ def build_status(
         "phase": phase.value,
         "seed": identity.seed,
         "epoch": ledger.epoch,
-        "conditions": _conditions(ledger, held, phase, now, previous),
+        "conditions": _merged(of_run(ledger, phase, held), now, previous),
         "jobs": _jobs(ledger, observed),
         "configs": {
             "started": len(histories),
@@ -56,6 +58,8 @@ def build_status(
         "top": [_trial(h, spec.metric) for h in ranked(histories, TOP)],
         "specHash": identity.spec_hash[:12],
     }
+    if spec.template:
+        status["templateHash"] = template_hash(spec)
     if ledger.first_time:
         status["startTime"] = _time(ledger.first_time)
     if ledger.last_end:
@@ -112,46 +116,18 @@ def _best(
     return _trial(history, metric) | best | ended
 
 
-def _conditions(
-    ledger: LedgerState,
-    held: tuple[str, str] | None,
-    phase: p.Phase,
-    now: float,
-    previous: Sequence[Condition],
-) -> list[Condition]:
-    """Positive polarity; Complete and Failed are exclusive; a time moves only with its status."""
-    wanted: list[tuple[str, bool, str, str]] = []
-    if ledger.run is not None:
-        bad_data = ledger.closed is not None and ledger.closed.reason == "BadData"
-        wanted.append(("Accepted", not bad_data, "BadData" if bad_data else "Valid", ""))
-    if ledger.closed is not None:
-        kind = "Complete" if ledger.closed.reason in COMPLETE_REASONS else "Failed"
-        wanted.append((kind, True, ledger.closed.reason, ledger.closed.msg))
-        wanted.append(("Progressing", False, ledger.closed.reason, ""))
-    elif phase in {p.Phase.SUSPENDED, p.Phase.DRAINING}:
-        reason = "Draining" if phase is p.Phase.DRAINING else "UserRequested"
-        wanted.append(("Suspended", phase is p.Phase.SUSPENDED, reason, ""))
-    elif held is not None:
-        wanted.append(("Progressing", False, *held))
-    else:
-        wanted.append(("Progressing", True, "StepsRunning", f"{len(ledger.open)} steps open"))
-    return _merged(wanted, now, previous)
-
-
-def _merged(
-    wanted: Sequence[tuple[str, bool, str, str]], now: float, previous: Sequence[Condition]
-) -> list[Condition]:
+def _merged(truths: Sequence[Truth], now: float, previous: Sequence[Condition]) -> list[Condition]:
+    """A time moves only with its condition's status."""
     old = {condition["type"]: condition for condition in previous}
-    for kind, truth, reason, message in wanted:
-        status = str(truth)
-        same = kind in old and old[kind]["status"] == status
-        since = old[kind]["lastTransitionTime"] if same else _time(now)
-        old[kind] = {
-            "type": kind,
+    for truth in truths:
+        status, known = str(truth.status), old.get(truth.type, {})
+        same = known.get("status") == status
+        old[truth.type] = {
+            "type": truth.type,
             "status": status,
-            "reason": reason,
-            "message": message[:MESSAGE_LENGTH],
-            "lastTransitionTime": since,
+            "reason": truth.reason,
+            "message": truth.message[:MESSAGE_LENGTH],
+            "lastTransitionTime": known["lastTransitionTime"] if same else _time(now),
         }
     return list(old.values())
 

@@ -11,18 +11,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from qtt_core.plan import JobPhase, Plan
+from qtt_core.plan import Phase, Plan
 from qtt_operator.active_run import ActiveRun
 from qtt_operator.cluster import RUNS, Cluster, Object
 from qtt_operator.cluster_events import Events
 from qtt_operator.cluster_status import (
     Condition,
-    Truth,
     cluster_status,
     merge_patch,
     news,
     with_conditions,
 )
+from qtt_operator.conditions import Truth, of_jobs, of_optimizer
 from qtt_operator.failpoints import reached
 from qtt_operator.settings import OperatorSettings
 from qtt_operator.status import build_status
@@ -114,27 +114,12 @@ class StatusWriter:
 
 def truths(run: ActiveRun, plan: Plan) -> list[Truth]:
     """Conditions that only the cluster's side knows."""
-    view, jobs = run.context.view, run.context.observed.jobs
+    context, ledger = run.context, run.context.state
     found = [Truth(type="StoreAvailable", status=True, reason="Connected")]
-    if view.error:
-        found.append(
-            Truth(type="OptimizerHealthy", status=False, reason="Timeout", message=view.error)
-        )
-    elif view.loaded:
-        found.append(Truth(type="OptimizerHealthy", status=True, reason="Ready"))
-    phases = {job.phase for job in jobs}
-    if JobPhase.RUNNING not in phases and plan.held is None:
-        if JobPhase.PENDING in phases:
-            reason, message = run.backend.waiting()
-            if reason:
-                found.append(
-                    Truth(type="Progressing", status=False, reason=reason, message=message)
-                )
-        elif JobPhase.QUEUED in phases:
-            found.append(
-                Truth(
-                    type="Progressing", status=False, reason="WaitingForQuota",
-                    message="Jobs are suspended: a queue holds them back",
-                )
-            )  # fmt: skip
+    began = ledger.run.version if ledger.run is not None else ""
+    health = of_optimizer(context.view, began=began, version=context.run.identity.version)
+    if health is not None:
+        found.append(health)
+    if plan.held is None and plan.phase is not Phase.SUSPENDED:
+        found += of_jobs(context.observed.jobs, run.backend.waiting)
     return found

@@ -140,7 +140,7 @@ class LedgerState:
     dataset_changed: str = ""
     """What the trainer said when it found other data than `prepare`; empty while they agree."""
     recheck: bool = False
-    """A person asked to read the changed data set again."""
+    """A person asked to read a data set again that changed, or whose models lacked weights."""
     bad_nodes: Mapping[str, float] = field(default_factory=dict)
     """Node -> time of its newest device fault."""
     notes: tuple[Note, ...] = ()
@@ -328,7 +328,8 @@ class _Folder:
     def _looked_at(self) -> None:
         """A person has looked: failures in a row begin anew."""
         self.cancelled = self.invalid = self.bugs = 0
-        self.recheck = bool(self.dataset_changed)
+        lacking = self.prepared is not None and bool(self.prepared.missing_weights)
+        self.recheck = bool(self.dataset_changed) or lacking
 
     # --- what they share ---
 

@@ -195,6 +195,23 @@ def test_a_worker_that_hangs_is_killed_in_time_and_its_last_words_are_told():
     run(scenario, command=(sys.executable, "-c", program), timeout_seconds=0.1, startup_seconds=0.9)
 
 
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import time; time.sleep(99)", "Timeout"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "OutOfMemory"),
+        ("raise SystemExit(3)", "Failed"),
+    ],
+)
+def test_a_fault_of_a_worker_has_a_name(program, reason):
+    async def scenario(client):
+        with pytest.raises(OptimizerError) as caught:
+            await client.describe(make_setup())
+        assert caught.value.reason == reason
+
+    run(scenario, command=(sys.executable, "-c", program), timeout_seconds=0.1, startup_seconds=0.9)
+
+
 def test_a_worker_dies_with_its_parent():
     program = """
 import asyncio, os, sys

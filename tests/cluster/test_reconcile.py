@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 import redis
 
 from qtt_core.ledger.events import Cancel, Close, Done, Event, Note, Open, Retry
 from qtt_core.results import EXIT_CODES, State, StepResult
-from qtt_operator.cluster import RUNS, Object
+from qtt_operator.cluster import CLAIMS, RUNS, Object
 from qtt_operator.names import OPEN_ANNOTATION
 from qtt_operator.redis_ledger import RedisLedger
 from qtt_operator.store import EmbeddedStore
@@ -256,6 +258,46 @@ def test_a_pod_the_server_refuses_is_said_and_nothing_is_started(
         assert not cluster.jobs()
         cluster.rejects_pods = ""
         await operator.edit(template={"spec": {"priorityClassName": "low"}})
+        await complete(cluster, operator)
+
+    _, events = play(redis_store, scenario)
+
+    only_once(events)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"dataset": {"claimName": "data-2"}}, "DatasetNotFound"),
+        ({"weights": {"claimName": "data-2"}}, "WeightsMissing"),
+    ],
+)
+def test_a_claim_that_is_not_there_yet_is_waited_for(
+    redis_store: EmbeddedStore, spec: dict[str, Any], reason: str
+) -> None:
+    async def scenario(cluster: FakeCluster, operator: FakeOperator) -> None:
+        await operator.until(lambda: operator.condition("Accepted") != {})
+        assert operator.condition("Accepted")["reason"] == reason
+        assert "data-2" in operator.condition("Accepted")["message"]
+        claim = cluster.objects[("persistentvolumeclaims", "default", "data")]
+        named = {"metadata": {"name": "data-2", "namespace": "default"}}
+        await cluster.create(CLAIMS, "default", {**claim, **named})
+        await complete(cluster, operator)
+        assert operator.is_true("Accepted")
+
+    _, events = play(redis_store, scenario, **spec)
+
+    only_once(events)
+
+
+def test_a_run_that_was_started_refuses_to_be_another_one(redis_store: EmbeddedStore) -> None:
+    async def scenario(cluster: FakeCluster, operator: FakeOperator) -> None:
+        await operator.until(lambda: len(cluster.jobs()) >= 2)
+        await operator.edit(fidelity={"max": 5, "step": 1, "stepsPerJob": 1})
+        await operator.until(lambda: not operator.is_true("Accepted"))
+        assert operator.condition("Accepted")["reason"] == "SpecDrift"
+        assert "spec.fidelity.max" in operator.condition("Accepted")["message"]
+        await operator.edit(fidelity={"max": 3, "step": 1, "stepsPerJob": 1})
         await complete(cluster, operator)
 
     _, events = play(redis_store, scenario)
@@ -646,16 +688,27 @@ def test_an_evaluation_that_cannot_be_done_is_said(redis_store: EmbeddedStore) -
 
 def test_the_best_is_trained_to_the_last_epoch_on_request(redis_store: EmbeddedStore) -> None:
     async def scenario(cluster: FakeCluster, operator: FakeOperator) -> None:
-        await operator.until(lambda: steps_of(operator) >= 4)
-        await annotate(cluster, finetune="t1 1")
+        cluster.answer = lambda pod: (
+            cluster.succeed(pod) if document_of(pod)[1].fidelity_to < 2 else None
+        )
+        await operator.until(lambda: any("-f2-" in j["metadata"]["name"] for j in cluster.jobs()))
+        await annotate(cluster, finetune="t1 9")
+        key = ("default", "toy")
+        await operator.until(
+            lambda: any(
+                n.what == "finetune" for n in operator.reconciler.active[key].context.state.notes
+            )
+        )
+        cluster.answer = cluster.succeed
         await complete(cluster, operator)
 
     _, events = play(redis_store, scenario, budget={"maxSteps": 16}, parallelism=1)
 
     only_once(events, 16)
-    asked = [e for e in events if isinstance(e, Open) and e.why.get("rule") == "finetune"]
-    assert len({e.c for e in asked}) == 1
     (note,) = [e for e in events if isinstance(e, Note) and e.what == "finetune"]
-    assert asked
-    assert asked[-1].to == 3
-    assert note.old == f"[{asked[0].c}]"
+    chosen = json.loads(note.old)
+    asked = [e for e in events if isinstance(e, Open) and e.why.get("rule") == "finetune"]
+    assert {e.c for e in asked} == {str(c) for c in chosen}
+    assert {e.to for e in asked} == {3}
+    ended = {(e.c, e.to) for e in events if isinstance(e, Done)}
+    assert {(str(c), 3) for c in chosen} <= ended

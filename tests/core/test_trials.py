@@ -166,6 +166,18 @@ def test_abandon_frees_and_retire_removes():
     assert trials.trial(0) not in trials.trainable()
 
 
+def test_a_model_that_nobody_can_have_is_proposed_no_more_but_goes_on_where_it_trained():
+    trials = started()
+    models = {trial.config_id: trial.config.get("model") for trial in trials.all()}
+    trials.tell(ok())
+    other = next(c for c, model in models.items() if c != 0)
+    trials.open(proposal(other))
+    trials.abandon(Abandon(config_id=other, retire=True, model_gone=True))
+
+    left = {trial.config_id for trial in trials.trainable()}
+    assert left == {c for c, model in models.items() if model != models[other]} | {0}
+
+
 def test_a_late_result_after_an_abandon_is_taken():
     trials = started()
     trials.abandon(Abandon(config_id=0))

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from qtt_core import plan as p
-from qtt_core.ledger.events import Close, Open, Prepared, Run
-from qtt_core.ledger.fold import LedgerState, OpenEntry
+from qtt_core.ledger.events import Close, Note, Open, Prepared, Run
+from qtt_core.ledger.fold import LedgerState, OpenEntry, fold
 from qtt_core.planner import budget_view, decide, end_reason, step_timeout
 from qtt_core.results import State, StepResult
-from qtt_core.spec import Budget, Dataset, FailurePolicy, Fidelity, RunSpec, Trainer
+from qtt_core.spec import Budget, Dataset, FailurePolicy, Fidelity, RunSpec, Trainer, Weights
 from qtt_core.steps import Proposal, Why
 
 NOW = 1_000_000.0
@@ -644,3 +644,66 @@ def test_the_optimizer_counts_in_seconds_of_a_job_whatever_it_is_charged() -> No
     view = budget_view(make_input(spec=spec, ledger=make_ledger(charged_seconds=100.0)))
 
     assert (view.spent_seconds, view.total_seconds) == (50.0, 400.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "told"),
+    [
+        (p.Ending.BAD_JOB, "invalid_config", "JobRefused"),
+        (p.Ending.BUG, "internal", "TrainerFailed"),
+        (p.Ending.INFRA, "infra_gpu", None),
+    ],
+)
+def test_faults_of_the_trainer_are_told_to_people_with_its_last_words(
+    kind: p.Ending, reason: str, told: str | None
+) -> None:
+    verdict = p.Verdict(kind=kind, reason=reason, message="Traceback: boom")
+    ledger = make_ledger(open=opened(entry("3")))
+    plan = decide(make_input(ledger=ledger, jobs=(ended("3", verdict=verdict),)))
+
+    said = [(a.reason, a.warning) for a in plan.actions if isinstance(a, p.EmitEvent)]
+    assert said == ([] if told is None else [(told, True)])
+    if told is not None:
+        assert "boom" in only(plan, p.EmitEvent).message
+    assert isinstance(only(plan, p.Commit), p.Commit)
+
+
+def test_models_without_weights_hold_a_run_that_may_not_fetch_them() -> None:
+    lacking = make_ledger(prepared=replace(PREPARED, missing_weights=("vit",)))
+    never = make_spec(weights=Weights(fetch="Never"))
+    plan = decide(make_input(spec=never, ledger=lacking))
+    assert plan.held is not None
+    assert plan.held[0] == "WeightsMissing"
+    assert "vit" in plan.held[1]
+    assert "Ask" not in kinds(plan)
+    assert decide(make_input(ledger=lacking)).held is None
+
+    note = Note(id="6-0", what="retry", new="t")
+    again = only(decide(make_input(spec=never, ledger=fold([note], lacking))), p.OpenStep)
+    assert (again.event.c, again.event.frm) == ("prepare", 1)
+
+
+def test_a_loss_that_no_job_can_mend_holds_the_run_until_a_person_accepts_it() -> None:
+    lost = replace(make_input(ledger=make_ledger(steps=4)), counted_steps=6)
+    plan = decide(lost)
+    assert (kinds(plan), plan.held and plan.held[0]) == (["Requeue"], "DataRegressed")
+
+    token = replace(lost, wishes=p.Wishes(retry="yes"))
+    note = only(decide(token), p.RecordNote).event
+    accepted = replace(token, ledger=fold([replace(note, id="6-0")], lost.ledger))
+    assert decide(accepted).held is None
+    assert "Ask" in kinds(decide(accepted))
+    assert decide(replace(accepted, counted_steps=7)).held is not None  # another loss
+
+
+def test_a_decision_names_the_pod_template_it_was_made_under() -> None:
+    def hashes(**template: Any) -> list[str]:
+        spec = make_spec(template=template)
+        fresh = decide(make_input(spec=spec, ledger=make_ledger(prepared=None)))
+        step = decide(make_input(spec=spec, optimizer=answered(proposal(1))))
+        return [only(plan, p.OpenStep).event.tpl for plan in (fresh, step)]
+
+    assert hashes() == ["", ""]
+    (low, same), (high, _) = hashes(spec={"a": 1}), hashes(spec={"a": 2})
+    assert low == same != high
+    assert len(low) == 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from qtt_core import plan as p
@@ -113,3 +114,11 @@ def test_the_status_stays_small_however_long_the_run() -> None:
     status = make_status(histories=many, ledger=LedgerState(run=RUN, steps=100_000))
 
     assert len(json.dumps(status)) < 8192
+
+
+def test_the_template_of_the_next_steps_has_a_short_name() -> None:
+    spec = RunSpec(dataset=Dataset(claim_name="d"), budget=Budget(max_steps=9))
+    other = replace(spec, template={"spec": {"priorityClassName": "low"}})
+
+    assert "templateHash" not in make_status(spec=spec)
+    assert len(make_status(spec=other)["templateHash"]) == 12
