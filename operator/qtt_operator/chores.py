@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qtt_core.history import Histories
+from qtt_core.history import Histories, Standing
 from qtt_core.ledger.events import Event, Note
 from qtt_core.ledger.fold import LedgerState
 from qtt_core.plan import CreateJob
@@ -30,15 +30,13 @@ from qtt_core.retention import (
 )
 from qtt_core.spec import RunSpec
 from qtt_core.steps import Best, Recommendation, canonical_json
+from qtt_operator.lost_results import RECOVERY_NOTE
 
 CHORE_SECONDS = 600.0
 """A chore that has not ended by then is given up; the run goes on without it."""
 
 BEST_NOTE = "best"
 """`what` of a note: `new` is the recommendation that a run ended with, as JSON."""
-
-RECOVERY_NOTE = "recovery"
-"""`what` of a note: `new` says how many configurations were recovered; `old` why none were."""
 
 TRIES = 3
 """Chores of a kind that may fail in a row."""
@@ -109,6 +107,19 @@ def garbage_at_end(facts: Facts) -> tuple[str, ...]:
     """Everything that the policy does not keep and that is not deleted yet."""
     paths = (*final_garbage(kept_at_end(facts), facts.events), RELATIONS)
     return without(paths, swept(facts.events)[0])
+
+
+def least_promising(facts: Facts, volumes: Collection[str]) -> list[str]:
+    """One configuration to give its volume up for a new one; should it go on, it begins anew.
+
+    The worst of those that wait, never one that the policy would keep; none if there is no other.
+    """
+    spared = {c for c, _ in kept_at_end(facts)}
+    order = [h.config_id for h in ranked(facts.past, len(facts.past))]
+    unscored = [c for c in facts.past if c not in order]
+    waiting = [c for c in (*order, *unscored) if str(c) in volumes and c not in spared]
+    idle = [c for c in waiting if facts.past[c].standing is not Standing.OPEN]
+    return [str(c) for c in idle[-1:]]
 
 
 def best_note(recommendation: Recommendation) -> Note:

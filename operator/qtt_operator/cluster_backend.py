@@ -112,7 +112,11 @@ class ClusterBackend:
         seen += [job for job in self._gone.values() if job.name not in names]
         synced = self.copies.jobs.is_synced and self.copies.pods.is_synced
         room = max(0, self.settings.max_open_jobs - self.others_open())
-        return Observed(jobs=tuple(seen), synced_at=self.clock() if synced else 0.0, devices=room)
+        await self.volumes.refresh()
+        return Observed(
+            jobs=tuple(seen), synced_at=self.clock() if synced else 0.0, devices=room,
+            volumes=frozenset(self.volumes.known) if self.volumes.per_config else None,
+        )  # fmt: skip
 
     async def create(self, job: CreateJob, name: str, document: JobDocument) -> None:
         """Create the Job; one of this name and decision is adopted, one of another run replaced."""

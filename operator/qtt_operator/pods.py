@@ -44,16 +44,14 @@ class JobRequest:
     opened: Open | None
     epoch: int
     volumes: tuple[str, ...] = ()
-    """Scope Config: configurations whose claims are mounted; a step mounts its own."""
-    data: tuple[str, str] | None = None
-    """`evaluate`: claim and path of other images than the run's."""
+    """Scope Config: configurations whose claims a chore mounts; the others follow from the job."""
 
 
 def build_pod_spec(owner: RunObject, request: JobRequest, settings: OperatorSettings) -> Object:
     """The pod of a Job, merged from all four sources."""
     template = owner.run.spec.template.get("spec") or {}
     pod = merge(merge(_built_in_pod(settings), settings.pod_defaults), template)
-    if request.job.kind != "step":
+    if request.job.kind not in {"step", "evaluate"}:
         _without_devices(pod)
     pod = merge(pod, _owned_pod(owner, request, settings))
     trainer = _container(pod, TRAINER)
@@ -165,7 +163,10 @@ def _places(owner: RunObject, request: JobRequest) -> Iterator[_Place]:
     """Data and weights for whoever reads images; checkpoints for everybody."""
     spec, kind = owner.run.spec, request.job.kind
     if kind not in CHORES:
-        claim, path = request.data or (spec.dataset.claim_name, spec.dataset.path)
+        claim, path = spec.dataset.claim_name, spec.dataset.path
+        other = request.job.evaluation
+        if other is not None and other.claim:
+            claim, path = other.claim, other.path
         yield _Place(name="dataset", claim=claim, path=DATA, sub=path, read_only=True, fixed=True)
     yield from _checkpoints(owner, request)
     if kind not in CHORES and spec.weights.claim_name:
@@ -191,7 +192,7 @@ def _checkpoints(owner: RunObject, request: JobRequest) -> Iterator[_Place]:
             read_only=read_only,
         )  # fmt: skip
         return
-    volumes = (request.job.c,) if kind == "step" else request.volumes
+    volumes = _volumes(request)
     if len(volumes) == 1 and not read_only:
         claim = claim_name(owner, volumes[0])
         yield _Place(name="checkpoints", claim=claim, path=path, sub=folder)
@@ -209,6 +210,14 @@ def _checkpoints(owner: RunObject, request: JobRequest) -> Iterator[_Place]:
         )  # fmt: skip
 
 
+def _volumes(request: JobRequest) -> tuple[str, ...]:
+    """Scope Config: the configurations whose claims a Job mounts."""
+    if request.job.evaluation is not None:
+        folders = (path.split("/", 1)[0] for path in request.job.evaluation.checkpoints)
+        return tuple(dict.fromkeys(folder.removeprefix("c") for folder in folders))
+    return (request.job.c,) if request.job.kind == "step" else request.volumes
+
+
 def _same_node(uid: str) -> Object:
     """The first pod is admitted by matching itself; the scheduler does the rest."""
     term = {
@@ -222,7 +231,7 @@ def _same_node(uid: str) -> Object:
 
 
 def _without_devices(pod: Object) -> None:
-    """Reading a data set or scoring needs no accelerator."""
+    """Reading or deleting files needs no accelerator."""
     resources = _container(pod, TRAINER).get("resources") or {}
     for kind in ("limits", "requests"):
         if kind in resources:

@@ -177,9 +177,9 @@ class Reconciler:
     async def _bring_forward(self, key: Key, found: Object, run: ActiveRun | None) -> float | None:
         if "deletionTimestamp" in found["metadata"]:
             return await self._wipe.keep_promise(found) if is_promised(found) else None
+        if run is None and await self._is_over(found):
+            return await self._after_the_end(found)
         if run is None:
-            if await self._is_over(found):
-                return await self._after_the_end(found)
             run = await start_run(key, found, self._around)
             await self._introduce(run, found)
             self.active[key] = run
@@ -203,14 +203,23 @@ class Reconciler:
             reason, message = plan.held
             truth = Truth(type="StoreAvailable", status=False, reason=reason, message=message)
             await self._held(key, truth)  # what was counted stays
-            return STORE_AWAY_SECONDS if again is None else again
+            return again if again is not None else await self._recover(run)
         if run.context.state.closed is not None and again is None:
             return await self._finish(run, plan) if run.is_still else STORE_AWAY_SECONDS
         held_back = await self._status.write(run, found, plan)
-        pause = pause_seconds(plan) if again is None else again
-        chore = await self._upkeep.tend(run, over=False) if again is None else None
-        pause = pause if chore is None else min(chore, pause)
+        pause = again if again is not None else await self._rest(run, plan)
         return min(pause, self._settings.resync_seconds, held_back)
+
+    async def _rest(self, run: ActiveRun, plan: Plan) -> float:
+        """Look after the volumes of a run that moves no more; seconds until the next turn."""
+        full = plan.held is not None and plan.held[0] == "NoProgress"
+        chore = await self._upkeep.tend(run, over=False, full=full)
+        return pause_seconds(plan) if chore is None else min(chore, pause_seconds(plan))
+
+    async def _recover(self, run: ActiveRun) -> float:
+        """Read the volume for what the store lost; seconds until the next turn."""
+        chore = await self._upkeep.recover(run)
+        return STORE_AWAY_SECONDS if chore is None else chore
 
     async def _introduce(self, run: ActiveRun, found: Object) -> None:
         """Let ledger, claims and finalizer follow the spec: what `deletionPolicy` says may change.

@@ -11,17 +11,21 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 
-from qtt_core.errors import ClusterError
+from qtt_core.errors import ClusterError, MessageError
 from qtt_core.jobs import JobDocument
 from qtt_core.ledger.events import Note
-from qtt_core.plan import EmitEvent
+from qtt_core.ledger.reply import Reply
+from qtt_core.plan import EmitEvent, JobPhase
+from qtt_core.results import StepResult
 from qtt_core.retention import GARBAGE_NOTE, final_garbage, swept, without
+from qtt_core.steps import nonce
 from qtt_operator import chores, job_ends
 from qtt_operator.active_run import ActiveRun
 from qtt_operator.cluster import JOBS, Cluster, Object
 from qtt_operator.cluster_backend import CONFLICT, Copies, is_recorded
 from qtt_operator.documents import job_document
 from qtt_operator.informer import run_uid
+from qtt_operator.lost_results import RECOVERY_NOTE, is_exhausted, known_heads, recovered
 from qtt_operator.manifests import build_job
 from qtt_operator.names import COMPONENT_LABEL, TRAINER
 from qtt_operator.pods import JobRequest
@@ -53,9 +57,10 @@ class Upkeep:
     clock: Callable[[], float]
     tell: Callable[[tuple[str, str], EmitEvent], Awaitable[None]]
 
-    async def tend(self, run: ActiveRun, *, over: bool) -> float | None:
+    async def tend(self, run: ActiveRun, *, over: bool, full: bool = False) -> float | None:
         """The next chore of a run; seconds until the next look, None: there is nothing to do.
 
+        `full`: nothing can be opened before a configuration gives its volume up (`maxVolumes`).
         Raises: StoreUnavailableError, ClusterError.
         """
         job = self._present(run, "garbage")
@@ -64,10 +69,73 @@ class Upkeep:
         if chores.gave_up(run.context.state, "garbage"):
             return None
         if run.backend.volumes.per_config:
-            return await self._per_config(run, over=over)
+            return await self._per_config(run, over=over, full=full)
         facts = facts_of(run)
         paths = chores.garbage_at_end(facts) if over else self._worth_it(run, facts)
         return await self._start(run, paths) if paths else None
+
+    async def recover(self, run: ActiveRun) -> float | None:
+        """Bring results back that the store lost and no Job can tell; None: nothing is left to do.
+
+        One Job after the other reads the volume; each is told what the ledger has by then. Raises:
+        StoreUnavailableError, ClusterError.
+        """
+        context, volumes = run.context, run.backend.volumes
+        job = self._present(run, "recovery")
+        if job is not None:
+            return await self._follow_recovery(run, job)
+        if chores.gave_up(context.state, "recovery") or is_exhausted(context.events):
+            return None
+        if any(seen.phase is not JobPhase.ENDED for seen in context.observed.jobs):
+            return LOOK_SECONDS  # what they will tell is worth more
+        if not await volumes.exist():
+            return None
+        number = chores.chore_number(context.state, "recovery")
+        document = replace(
+            self._document(run, "recovery", number),
+            known=known_heads(context.state, context.configs),
+            step_epochs=context.run.spec.fidelity.step,
+        )
+        await self._create(run, document, "recovery", number, tuple(sorted(volumes.known, key=int)))
+        return LOOK_SECONDS
+
+    async def _follow_recovery(self, run: ActiveRun, job: Object) -> float:
+        """Record what a recovery Job told."""
+        name, end = job["metadata"]["name"], self._end(run, job)
+        if end is None or job_ends.is_deleting(job):
+            return LOOK_SECONDS
+        number = name.rpartition("-")[2]
+        order = chores.chore_order(run.uid, "recovery", int(number))
+        try:
+            if not end.ok:
+                raise MessageError(end.why)
+            result = StepResult.parse(end.message, nonce=nonce(order.decision, 0), attempt=0)
+        except MessageError as error:
+            await self._failed(run, RECOVERY_NOTE, name, str(error))
+        else:
+            told = [await self._restore(run, entry, name) for entry in result.recovered]
+            more = result.more if any(told) else 0  # else the next Job would tell the same
+            facts = json.dumps({"told": sum(told), "more": more})
+            await self._note(run, name, what=RECOVERY_NOTE, new=facts)
+            log.warning("%s/%s: %d results brought back", *run.key, sum(told))
+        await run.backend.forget(name)
+        return SOON_SECONDS
+
+    async def _restore(self, run: ActiveRun, entry: Mapping[str, object], job: str) -> int:
+        """Write one configuration's lost events; how many ends the ledger took."""
+        context, taken = run.context, 0
+        found = recovered(
+            entry, context.state, context.run.spec, context.run.identity, context.configs
+        )
+        for item in found:
+            if item.opened is not None:
+                reply, _ = await run.ledger.open(item.opened, config=item.config, job=job)
+                if reply not in {Reply.OK, Reply.BUSY}:
+                    log.warning("%s: configuration %s: %s", job, item.end.c, reply.value)
+                    break
+            reply, _ = await run.ledger.commit(item.end)
+            taken += reply is Reply.OK
+        return taken
 
     async def remember_best(self, run: ActiveRun) -> None:
         """Record what the run ended with, before anything else of it is deleted; or read it."""
@@ -89,7 +157,7 @@ class Upkeep:
             run.swept_closed = facts.past.closed
         return paths
 
-    async def _per_config(self, run: ActiveRun, *, over: bool) -> float | None:
+    async def _per_config(self, run: ActiveRun, *, over: bool, full: bool) -> float | None:
         """Claims of configurations with nothing to keep go; at the end the others are cleaned."""
         volumes, facts = run.backend.volumes, facts_of(run)
         await volumes.refresh()
@@ -98,6 +166,8 @@ class Upkeep:
         if not over:
             needed |= {str(c) for c, h in facts.past.items() if not h.standing.is_closed}
         useless = [c for c in volumes.known if c not in needed]
+        if full and not useless:
+            useless = chores.least_promising(facts, volumes.known.keys())
         if useless:
             number = chores.chore_number(run.context.state, "garbage")
             key = chores.chore_name(run.key[1], "garbage", number)
@@ -151,9 +221,9 @@ class Upkeep:
             if error.status != CONFLICT:
                 raise
             found = await self.cluster.get(JOBS, run.key[0], name)
-            if found is not None and run_uid(found) == run.uid:
+            if found is not None and run_uid(found) == run.uid and not is_recorded(found):
                 self.copies.jobs.put(found)
-            elif found is not None:
+            elif found is not None:  # an earlier run's, or one whose note the store has lost
                 uid = found["metadata"]["uid"]
                 await self.cluster.delete(JOBS, run.key[0], name, uid=uid, foreground=True)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from qtt_core.errors import ClusterError
-from qtt_operator.claims import build_claim, is_per_config, owners
+from qtt_operator.claims import build_claim, claim_name, is_per_config, owners
 from qtt_operator.cluster import CLAIMS, Cluster, Object
 from qtt_operator.farewell import claims_of
 from qtt_operator.informer import run_uid
@@ -67,6 +67,14 @@ class Volumes:
         if c:
             self.known[c] = found
         return True
+
+    async def exist(self) -> bool:
+        """Whether there is a claim that results could be read from."""
+        if self.per_config:
+            await self.refresh()
+            return bool(self.known)
+        namespace = self.owner.run.namespace
+        return await self.cluster.get(CLAIMS, namespace, claim_name(self.owner)) is not None
 
     async def refresh(self) -> None:
         """List the claims of configurations, once in a while. Raises: ClusterError."""

@@ -11,11 +11,12 @@ import pytest
 
 from qtt_core.jobs import JobDocument, Limits, Paths, Task, parse_job
 from qtt_core.ledger.events import Open
-from qtt_core.plan import CreateJob
+from qtt_core.plan import CreateJob, Evaluation
 from qtt_core.spec import parse_manifest
 from qtt_operator.claims import build_claim
 from qtt_operator.manifests import build_job, build_pod
 from qtt_operator.merging import merge
+from qtt_operator.names import config_claim
 from qtt_operator.owner import RunObject
 from qtt_operator.pod_rules import refused
 from qtt_operator.pods import JobRequest
@@ -247,6 +248,95 @@ def test_pods_that_share_a_volume_of_one_node_run_on_it(
     spec = {} if checkpoint is None else {"checkpoint": checkpoint}
 
     assert ("affinity" in pod_of(rendered(**spec))) is together
+
+
+PER_CONFIG = {
+    "checkpoint": {
+        "scope": "Config",
+        "volumeClaimTemplate": {"accessModes": ["ReadWriteOnce"], "resources": {}},
+    }
+}
+
+
+def mounts_of(
+    kind: str,
+    *,
+    c: str = "12",
+    volumes: tuple[str, ...] = (),
+    gc: Any = (),
+    evaluation: Evaluation | None = None,
+    **spec: Any,
+) -> dict[str, Any]:
+    """Path of a mount ("run" = the run's folder) -> (claim, path in it, whether read-only)."""
+    base = request(kind)
+    job = replace(base.job, c=c, evaluation=evaluation)
+    asked = replace(base, job=job, document=replace(DOCUMENT, gc=gc), volumes=volumes)
+    whole = build_job(owner(**spec), asked, SETTINGS)
+    sources = {v["name"]: v for v in pod_of(whole)["volumes"]}
+    found = {}
+    for mount in trainer(whole)["volumeMounts"]:
+        path = mount["mountPath"].replace("/checkpoints/runs/u-1", "run")
+        claim = sources[mount["name"]].get("persistentVolumeClaim", {}).get("claimName", "")
+        if path.startswith(("run", "/data", "/checkpoints", "/weights")):
+            found[path] = (claim, mount.get("subPath", ""), mount.get("readOnly", False))
+    return found
+
+
+C12, C7 = config_claim("birds", "12", "u-1"), config_claim("birds", "7", "u-1")
+DATA, WEIGHTS = ("datasets", "cub200", True), ("timm-weights", "", True)
+BOTH = Evaluation(checkpoints=("c12/f3", "c7/f5"), claim="held-out", path="cub")
+OWN = Evaluation(checkpoints=("c12/f3",))
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ({"kind": "step"}, {"/data": DATA, "/weights": WEIGHTS,
+                            "run": ("birds-checkpoints", "runs/u-1", False)}),
+        ({"kind": "garbage"}, {"run": ("birds-checkpoints", "runs/u-1", False)}),
+        ({"kind": "recovery"}, {"run": ("birds-checkpoints", "runs/u-1", True)}),
+        ({"kind": "garbage", "gc": (".",), "checkpoint": {"claimName": "mine", "subPath": "a"}},
+         {"/checkpoints/runs": ("mine", "a/runs", False)}),
+        ({"kind": "evaluate", "evaluation": BOTH},
+         {"/data": ("held-out", "cub", True), "/weights": WEIGHTS,
+          "run": ("birds-checkpoints", "runs/u-1", True)}),
+        ({"kind": "evaluate", "evaluation": OWN},
+         {"/data": DATA, "/weights": WEIGHTS, "run": ("birds-checkpoints", "runs/u-1", True)}),
+        ({"kind": "step", **PER_CONFIG},
+         {"/data": DATA, "/weights": WEIGHTS, "run": (C12, "runs/u-1", False)}),
+        ({"kind": "prepare", "c": "prepare", **PER_CONFIG},
+         {"/data": DATA, "/weights": WEIGHTS, "run": ("", "", False)}),
+        ({"kind": "garbage", "volumes": ("7",), **PER_CONFIG}, {"run": (C7, "runs/u-1", False)}),
+        ({"kind": "recovery", "volumes": ("7", "12"), **PER_CONFIG},
+         {"run": ("", "", False), "run/c7": (C7, "runs/u-1/c7", True),
+          "run/c12": (C12, "runs/u-1/c12", True)}),
+        ({"kind": "evaluate", "evaluation": BOTH, **PER_CONFIG},
+         {"/data": ("held-out", "cub", True), "/weights": WEIGHTS, "run": ("", "", False),
+          "run/c12": (C12, "runs/u-1/c12", True), "run/c7": (C7, "runs/u-1/c7", True),
+          "run/dataset.json": (C12, "runs/u-1/dataset.json", True)}),
+    ],
+    ids=["step", "garbage", "recovery", "wipe", "evaluate elsewhere", "evaluate the test split",
+         "step per config", "prepare per config", "garbage per config", "recovery per config",
+         "evaluate per config"],
+)  # fmt: skip
+def test_a_pod_sees_what_its_kind_needs_and_no_more(
+    asked: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    assert mounts_of(**asked) == wanted
+
+
+def test_a_chore_is_small_waits_in_no_queue_and_is_ours_even_for_a_custom_trainer() -> None:
+    mine = {"name": "trainer", "image": "me:1", "command": ["train"]}
+    mine["resources"] = {"limits": {"nvidia.com/gpu": 1, "memory": "24Gi"}}
+    template = {"spec": {"containers": [mine]}}
+    job = rendered("garbage", template=template, trainer={"custom": True, "devices": 1})
+
+    assert trainer(job)["image"] == SETTINGS.trainer_image
+    assert "command" not in trainer(job)
+    assert trainer(job)["args"] == ["garbage"]
+    assert trainer(job)["resources"]["requests"]["memory"] == "128Mi"
+    assert not [name for name in job["metadata"]["labels"] if "kueue" in name]
+    assert trainer(rendered("garbage", template=template))["image"] == "me:1"
 
 
 def test_kueue_sees_its_labels_on_the_job_only() -> None:

@@ -5,20 +5,28 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qtt_core.ledger.events import Event, Note, Retry
+from qtt_core.ledger.events import Done, Event, Note, Open, Retry
 from qtt_operator.cluster import CLAIMS, RUNS, Object
 from qtt_operator.names import config_claim
 from qtt_operator.store import EmbeddedStore
 from tests.cluster.disks import Disks
 from tests.cluster.fake_cluster import FakeCluster, document_of
 from tests.cluster.fake_operator import FakeOperator, manifest
-from tests.cluster.test_reconcile import complete, events_of, only_once, steps_of
+from tests.cluster.test_reconcile import (
+    complete,
+    events_of,
+    keys_of,
+    only_once,
+    put_back,
+    steps_of,
+)
 
 TEMPLATE = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
 Scenario = Callable[[FakeCluster, FakeOperator], Awaitable[None]]
@@ -58,7 +66,9 @@ def notes(events: list[Event], what: str = "garbage") -> list[Note]:
 
 
 def claims(cluster: FakeCluster) -> set[str]:
-    return {name for plural, _, name in cluster.objects if plural == "persistentvolumeclaims"}
+    """Claims that the operator made."""
+    found = {name for plural, _, name in cluster.objects if plural == "persistentvolumeclaims"}
+    return found - {"data"}
 
 
 @pytest.mark.parametrize(
@@ -213,7 +223,10 @@ def test_a_claim_carries_labels_and_goes_with_the_run_only_under_delete(
         await complete(cluster, operator)
 
     def objects(cluster: FakeCluster) -> list[Object]:
-        return [o for (plural, *_), o in cluster.objects.items() if plural == CLAIMS.plural]
+        return [
+            o for (plural, _, name), o in cluster.objects.items()
+            if plural == CLAIMS.plural and name != "data"
+        ]  # fmt: skip
 
     def owned(claim: Object) -> bool:
         return bool(claim["metadata"].get("ownerReferences"))
@@ -226,6 +239,110 @@ def test_a_claim_carries_labels_and_goes_with_the_run_only_under_delete(
     labels = claim["metadata"]["labels"]
     assert labels["quicktune.dev/run-uid"] == run["metadata"]["uid"]
     assert labels["quicktune.dev/config"] == str(run["status"]["best"]["configID"])
+
+
+@pytest.mark.parametrize("parallelism", [1, 3])
+def test_never_more_volumes_than_the_spec_allows(
+    redis_store: EmbeddedStore, disks: Disks, parallelism: int
+) -> None:
+    """Random search goes from one configuration to the next: old ones must make room."""
+    most = 0
+
+    async def scenario(cluster: FakeCluster, operator: FakeOperator) -> None:
+        async def watch() -> None:
+            nonlocal most
+            while True:
+                most = max(most, len(claims(cluster)))
+                await asyncio.sleep(0.002)
+
+        watching = asyncio.create_task(watch())
+        await complete(cluster, operator)
+        watching.cancel()
+
+    checkpoint = {**PER_CONFIG, "maxVolumes": 3}
+    _, run, events = play(
+        redis_store, disks, scenario, checkpoint=checkpoint, parallelism=parallelism,
+        budget={"maxSteps": 14}, optimizer={"algorithm": "FreezeThawRandom", "seed": 3},
+    )  # fmt: skip
+
+    only_once(events, 14)
+    assert most <= 3
+    assert int(run["status"]["configs"]["started"]) > 3  # it did not stand still either
+
+
+# --- what the store has lost ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpoint", [None, PER_CONFIG], ids=["one claim", "claim a config"])
+@pytest.mark.parametrize("loss", ["everything", "the newest results"])
+def test_results_that_no_job_can_tell_are_read_from_the_volume(
+    redis_store: EmbeddedStore, disks: Disks, loss: str, checkpoint: dict[str, Any] | None
+) -> None:
+    cluster = FakeCluster()
+    cluster.answer = disks.answer
+    spec = {"budget": {"maxSteps": 12}} | ({"checkpoint": checkpoint} if checkpoint else {})
+
+    async def main() -> tuple[list[Event], int]:
+        run = await cluster.create(RUNS, "default", manifest(**spec))
+        uid = run["metadata"]["uid"]
+        first = FakeOperator(cluster, redis_store)
+        async with first.running():
+            await first.until(lambda: steps_of(first) >= 3)
+            kept = keys_of(redis_store, uid) if loss != "everything" else {}
+            await first.until(lambda: steps_of(first) >= 7)
+        counted = steps_of(first)
+        put_back(redis_store, uid, kept)
+        for job in cluster.jobs():
+            cluster.remove(job, "jobs")
+        second = FakeOperator(cluster, redis_store, epoch=2)
+        async with second.running():
+            await second.until(lambda: second.condition("StoreAvailable").get("status") == "False")
+            await complete(cluster, second)
+            assert second.is_true("StoreAvailable")
+        return await events_of(redis_store, run), counted
+
+    events, counted = asyncio.run(main())
+
+    only_once(events, 12)
+    brought = [e for e in events if isinstance(e, Open) and e.why.get("rule") == "recovery"]
+    assert brought
+    told = [json.loads(note.new) for note in notes(events, "recovery")]
+    assert told[-1]["more"] == 0
+    assert sum(fact["told"] for fact in told) >= 1
+    scores = {(e.c, epoch): s for e in events if isinstance(e, Done) for epoch, s, _ in e.epochs}
+    toy = disks.toy.scores
+    assert scores == {k: pytest.approx(toy[f"{k[0]}-{k[1]}"], abs=1e-6) for k in scores}
+    assert counted >= 7
+
+
+def test_a_volume_that_knows_no_more_is_read_once_and_a_person_decides(
+    redis_store: EmbeddedStore, disks: Disks
+) -> None:
+    cluster = FakeCluster()
+    cluster.answer = disks.answer
+
+    async def main() -> list[Event]:
+        run = await cluster.create(RUNS, "default", manifest(budget={"maxSteps": 8}))
+        uid = run["metadata"]["uid"]
+        first = FakeOperator(cluster, redis_store)
+        async with first.running():
+            await first.until(lambda: steps_of(first) >= 4)
+        put_back(redis_store, uid, {})
+        shutil.rmtree(disks.folder("toy-checkpoints"))
+        for job in cluster.jobs():
+            cluster.remove(job, "jobs")
+        second = FakeOperator(cluster, redis_store, epoch=2)
+        async with second.running():
+            await second.until(lambda: bool(cluster.jobs()))
+            await asyncio.sleep(0.5)
+            assert [j["metadata"]["name"] for j in cluster.jobs()] == ["toy-recovery-0"]
+            assert second.condition("StoreAvailable")["reason"] == "DataRegressed"
+            note = {"metadata": {"annotations": {"quicktune.dev/retry": "yes"}}}
+            await cluster.patch(RUNS, "default", "toy", note)
+            await complete(cluster, second)
+        return await events_of(redis_store, run)
+
+    only_once(asyncio.run(main()), 8)
 
 
 # --- a claim of the user's ------------------------------------------------------------------------
