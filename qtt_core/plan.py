@@ -49,7 +49,8 @@ class JobEnd:
 
     `exit_code` None = killed by `signal` or never seen to end; `message`: the termination message;
     `reason`: a `Cause`, or empty where the exit code says it all.
-    Units: seconds of device time held, and seconds waited before it.
+    Units: seconds of device time held, and seconds waited before it. `waits`: what it waited for
+    (queue, schedule, pull) -> seconds; `ended_at`: when the trainer ended, by its node's clock.
     """
 
     exit_code: int | None
@@ -59,6 +60,8 @@ class JobEnd:
     device_seconds: float = 0.0
     queue_seconds: float = 0.0
     node: str = ""
+    waits: Mapping[str, float] = field(default_factory=dict)
+    ended_at: float | None = None
 
 
 class Ending(StrEnum):

@@ -61,8 +61,8 @@ class ActiveRun:
     """The server's words on the Pod that the template makes, empty if it takes it."""
     spent_token: str = ""
     """A `retry` that was there before a loss of data was found: it did not mean this loss."""
-    recorded: int = 0
-    """Events counted by the metrics."""
+    failure: tuple[float, str, str] | None = None
+    """Time, reason and message of the last turn that broke."""
     swept_closed: int = 0
     """Closed configurations when the volume was last looked at for garbage."""
 
@@ -97,7 +97,8 @@ class Surroundings:
     clock: Callable[[], float]
     ledger_of: Callable[[str], RedisLedger]
     enqueue: Callable[[Key, float], None]
-    others_open: Callable[[Key], int]
+    room: Callable[[Key, int], int]
+    """Jobs that a run may have open, of those that it wants."""
     commit_delay_seconds: Callable[[], float] = lambda: 0.0
     tell: Callable[[Key, EmitEvent], Awaitable[None]]
 
@@ -133,7 +134,7 @@ async def start_run(key: Key, found: Object, around: Surroundings) -> ActiveRun:
         await require_claims(around.cluster, run)
     if state.run is None:
         await refuse_eviction(ledger.client)
-    optimizer = around.share.port()
+    optimizer = around.share.port(run.spec.optimizer.timeout)
     contents = RunContents(
         spec=run.spec, identity=replace(_identity(owner, state), files=resolved.files),
         hub=resolved.hub,
@@ -165,7 +166,7 @@ def _assemble(
         cluster=around.cluster, copies=around.copies, owner=owner, settings=around.settings,
         epoch=around.epoch, clock=around.clock,
         wake_after=lambda after: around.enqueue(key, after),
-        others_open=lambda: around.others_open(key),
+        room=lambda wanted: around.room(key, wanted),
         commit_delay_seconds=around.commit_delay_seconds(),
     )  # fmt: skip
     context = RunContext(

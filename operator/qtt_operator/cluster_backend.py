@@ -18,7 +18,8 @@ from qtt_core.ledger.events import Open
 from qtt_core.plan import CreateJob, JobEnd, JobPhase, Observed, ObservedJob, OpenStep
 from qtt_operator import job_ends
 from qtt_operator.cluster import JOBS, PODS, Cluster, Object
-from qtt_operator.informer import Informers, run_uid, without
+from qtt_operator.informer import JOB_OF_POD as JOB_OF_POD
+from qtt_operator.informer import Informers, job_of, run_uid, without
 from qtt_operator.isolation import isolate
 from qtt_operator.manifests import build_job, build_pod
 from qtt_operator.names import DECISION_ANNOTATION, HELD_ANNOTATION, SUSPENDED_ANNOTATION
@@ -31,7 +32,6 @@ from qtt_operator.witness import decision_of, opening_of
 log = logging.getLogger(__name__)
 
 CONFLICT = 409
-JOB_OF_POD = "batch.kubernetes.io/job-name"
 SOON_SECONDS = 1.0
 
 
@@ -83,13 +83,16 @@ class ClusterBackend:
     knows: Callable[[str], bool] = lambda _decision: True
     """Whether the ledger holds the decision of this hash."""
     wake_after: Callable[[float], None] = lambda _seconds: None
-    others_open: Callable[[], int] = lambda: 0
-    """Live Jobs of other runs, for the install's limit."""
+    room: Callable[[int], int] = lambda wanted: wanted
+    """Jobs that the run may have open, of those that it wants: the install's limit."""
+    degraded: bool = False
+    """Whether the server has dropped the pod failure policy of a Job."""
     commit_delay_seconds: float = 0.0
     """Wait between a commit and its Job's time to live, where Redis syncs once a second."""
     _memory: dict[str, _Memory] = field(default_factory=dict)
     _gone: dict[str, ObservedJob] = field(default_factory=dict)
     _forgotten: set[str] = field(default_factory=set)
+    _past: set[str] = field(default_factory=set)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     volumes: Volumes = field(init=False)
     _isolated: bool = field(init=False, default=False)
@@ -104,14 +107,14 @@ class ClusterBackend:
 
     async def observe(self) -> Observed:
         """Every Job of the run whose end the ledger may still wait for."""
-        copies = self.copies.jobs.of_run(self.owner.uid)
+        copies = [job for job in self.copies.jobs.of_run(self.owner.uid) if not self._is_past(job)]
         for job in copies:
             await self._read_decision(job)
         seen = [job for job in map(self._observe, copies) if job is not None]
         names = {job.name for job in seen}
         seen += [job for job in self._gone.values() if job.name not in names]
         synced = self.copies.jobs.is_synced and self.copies.pods.is_synced
-        room = max(0, self.settings.max_open_jobs - self.others_open())
+        room = self.room(self.owner.run.spec.parallelism)
         await self.volumes.refresh()
         return Observed(
             jobs=tuple(seen), synced_at=self.clock() if synced else 0.0, devices=room,
@@ -130,7 +133,9 @@ class ClusterBackend:
             return
         body = build_job(self.owner, request, self.settings)
         try:
-            self.copies.jobs.put(await self.cluster.create(JOBS, self.namespace, body))
+            made = await self.cluster.create(JOBS, self.namespace, body)
+            self.degraded = "podFailurePolicy" not in made["spec"]
+            self.copies.jobs.put(made)
         except ClusterError as error:
             if error.status != CONFLICT:
                 raise
@@ -182,12 +187,13 @@ class ClusterBackend:
         if seen is not None:
             self._gone[seen.name] = seen
         self._forgotten.discard(uid)
+        self._past.discard(uid)
         self._memory.pop(uid, None)
 
     def pod_deleted(self, pod: Object) -> None:
         """A pod is gone: its device time still counts."""
         for job in self.copies.jobs.of_run(self.owner.uid):
-            if job["metadata"]["name"] == _job_of(pod):
+            if job["metadata"]["name"] == job_of(pod):
                 memory = self._remember(job)
                 memory.past_seconds += job_ends.held_seconds(pod, self.clock())
                 over = job_ends.finished(job) or job_ends.is_deleting(job)
@@ -278,6 +284,18 @@ class ClusterBackend:
             node_lost_grace=self.settings.node_lost_grace_seconds,
         )  # fmt: skip
 
+    def _is_past(self, job: Object) -> bool:
+        """Whether a Job's end is recorded for good: Jobs that wait for their time to live.
+
+        A store that lost what it knew makes a new back end, so that the answer never changes back.
+        """
+        uid = _uid(job)
+        if uid not in self._past and is_recorded(job) and self.knows(decision_of(job)):
+            seen = job_ends.observed_job(job, (), job_ends.Sight(now=self.clock()))
+            if seen is None or not self.awaited(seen.c, seen.to, seen.attempt):
+                self._past.add(uid)
+        return uid in self._past
+
     async def _read_decision(self, job: Object) -> None:
         """Keep the decision of a Job if the ledger lacks it; our copies lack its document."""
         memory = self._remember(job)
@@ -292,7 +310,7 @@ class ClusterBackend:
     def pods_of(self, job: Object) -> list[Object]:
         """The pods of a Job, as last seen."""
         name = job["metadata"]["name"]
-        return [pod for pod in self.copies.pods.of_run(run_uid(job)) if _job_of(pod) == name]
+        return [pod for pod in self.copies.pods.of_job(name) if run_uid(pod) == run_uid(job)]
 
     async def _adopt(self, name: str, opened: Open | None) -> None:
         """A Job of this name exists: ours, as another turn or process made it, or another run's."""
@@ -370,7 +388,3 @@ def is_recorded(job: Object) -> bool:
 
 def _uid(found: Object) -> str:
     return str(found["metadata"]["uid"])
-
-
-def _job_of(pod: Object) -> str:
-    return str((pod["metadata"].get("labels") or {}).get(JOB_OF_POD, ""))

@@ -1,6 +1,7 @@
-"""Kubernetes Events about TuningRuns: few, and the same one at most once a minute.
+"""Kubernetes Events about TuningRuns: few, one for each run and reason, with a count.
 
-An Event is a courtesy: one that cannot be written is dropped and never holds a run up.
+The same Event is written at most once a minute; what came in between is added to its count. An
+Event is a courtesy: one that cannot be written is dropped and never holds a run up.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from qtt_core.errors import ClusterError
 from qtt_operator.cluster import EVENTS, Cluster, Object
@@ -17,12 +19,27 @@ from qtt_operator.cluster_status import timestamp
 log = logging.getLogger(__name__)
 
 EVERY_SECONDS = 60.0
-REMEMBERED = 5000
+SERIES_SECONDS = 1800.0
+"""The same thing after so long a silence is a new Event; the server forgets one after an hour."""
+
 MESSAGE_LENGTH = 1024
 
 
+@dataclass(slots=True)
+class _Series:
+    """One Event: what it is about, and what was not written yet."""
+
+    about: Object
+    message: str
+    warning: bool
+    began: float
+    count: int = 0
+    written: int = 0
+    written_at: float = float("-inf")
+
+
 class Events:
-    """Writes Events of this process; one per run and reason in a minute."""
+    """Writes Events of this process; `flush` now and then writes the counts that were held back."""
 
     def __init__(
         self,
@@ -33,30 +50,47 @@ class Events:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._cluster, self._instance, self._now, self._wall = cluster, instance, now, wall
-        self._said: dict[tuple[str, str], float] = {}
+        self._series: dict[tuple[str, str], _Series] = {}
 
     async def emit(self, about: Object, *, reason: str, message: str, warning: bool) -> None:
-        """Say it, unless it was said a short while ago."""
-        uid = about["metadata"]["uid"]
-        now = self._now()
-        if now - self._said.get((uid, reason), -EVERY_SECONDS) < EVERY_SECONDS:
-            return
-        if len(self._said) > REMEMBERED:
-            self._said = {k: at for k, at in self._said.items() if now - at < EVERY_SECONDS}
-        self._said[(uid, reason)] = now
+        """Say it, or count it if it was said a short while ago."""
+        key = (about["metadata"]["uid"], reason)
+        series = self._series.get(key)
+        if series is None or self._now() - series.written_at > SERIES_SECONDS:
+            series = self._series[key] = _Series(about, message, warning, self._wall())
+        series.about, series.message, series.warning = about, message, warning
+        series.count += 1
+        if self._now() - series.written_at >= EVERY_SECONDS:
+            await self._write(reason, series)
+
+    async def flush(self) -> None:
+        """Write the counts that were held back, forget what was said long ago."""
+        for (uid, reason), series in list(self._series.items()):
+            silent = self._now() - series.written_at
+            if series.count > series.written and silent >= EVERY_SECONDS:
+                await self._write(reason, series)
+            elif silent > SERIES_SECONDS:
+                self._series.pop((uid, reason), None)
+
+    async def _write(self, reason: str, series: _Series) -> None:
+        first, series.written, series.written_at = not series.written, series.count, self._now()
+        body = self._event(reason, series)
+        namespace, name = body["metadata"]["namespace"], body["metadata"]["name"]
         try:
-            namespace = about["metadata"]["namespace"]
-            await self._cluster.create(
-                EVENTS, namespace, self._event(about, reason, message, warning=warning)
-            )
+            if first:
+                await self._cluster.create(EVENTS, namespace, body)
+            else:
+                news = {name: body[name] for name in ("count", "lastTimestamp", "message", "type")}
+                await self._cluster.patch(EVENTS, namespace, name, news)
         except ClusterError as error:
-            if error.status != 409:  # the same minute, before a restart
+            if error.status != 409:  # the same series, before a restart
                 log.debug("event %s: %s", reason, error)
 
-    def _event(self, about: Object, reason: str, message: str, *, warning: bool) -> Object:
+    def _event(self, reason: str, series: _Series) -> Object:
+        about = series.about
         metadata, wall = about["metadata"], self._wall()
-        minute = f"{metadata['uid']}/{reason}/{int(wall // EVERY_SECONDS)}"
-        digest = hashlib.sha256(minute.encode()).hexdigest()[:16]
+        whole = f"{metadata['uid']}/{reason}/{int(series.began // EVERY_SECONDS)}"
+        digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
         return {
             "apiVersion": "v1",
             "kind": "Event",
@@ -70,11 +104,11 @@ class Events:
                 "uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"],
             },
             "reason": reason,
-            "message": message[:MESSAGE_LENGTH],
-            "type": "Warning" if warning else "Normal",
-            "firstTimestamp": timestamp(wall),
+            "message": series.message[:MESSAGE_LENGTH],
+            "type": "Warning" if series.warning else "Normal",
+            "firstTimestamp": timestamp(series.began),
             "lastTimestamp": timestamp(wall),
-            "count": 1,
+            "count": series.count,
             "source": {"component": "quicktune-operator"},
             "reportingComponent": "quicktune.dev/operator",
             "reportingInstance": self._instance,

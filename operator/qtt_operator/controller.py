@@ -26,6 +26,8 @@ from qtt_operator.active_run import Key
 from qtt_operator.cli import Outcome
 from qtt_operator.cluster import JOBS, PODS, Cluster, Object, Resource
 from qtt_operator.cluster_backend import Copies, trim_job, trim_pod
+from qtt_operator.cluster_events import EVERY_SECONDS
+from qtt_operator.cluster_status import ended
 from qtt_operator.exits import INTERRUPTED
 from qtt_operator.failpoints import reached
 from qtt_operator.informer import Informer, Informers, run_uid
@@ -42,18 +44,15 @@ from qtt_operator.redis_client import (
     syncs_always,
 )
 from qtt_operator.settings import OperatorSettings, load_settings
+from qtt_operator.vitals import CountedWorkers, Vitals
+from qtt_operator.warmth import Warmth, any_unfinished
 from qtt_operator.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
 
 STORE_LOOK_SECONDS, SWEEP_SECONDS = 60.0, 600.0
-LAG_LOOK_SECONDS = 1.0
 EVERYSEC_DELAY = 2.0
 """Between a commit and the Job's time to live, where Redis writes to disk once a second."""
-
-SILENCE_SECONDS = 600.0
-LAG_SECONDS = 30.0
-"""An informer that heard nothing, or a loop that was stuck, for so long: restart this process."""
 
 
 def controller_verb(arguments: argparse.Namespace) -> Outcome:
@@ -95,35 +94,44 @@ class Operator:
             highest_epoch=self._highest_epoch, lease_seconds=settings.lease_seconds,
         )  # fmt: skip
         self._offset = 0.0
-        self._lag = 0.0
-        self._share = OptimizerShare(settings.optimizer_workers)
+        self._share = OptimizerShare(settings.optimizer_workers, news=CountedWorkers(self._metrics))
         self._queue: WorkQueue[Key] = WorkQueue(self._reconcile)
         self._copies = Copies(jobs=self._informers(JOBS), pods=self._informers(PODS))
         self._reconciler: Reconciler | None = None
-        cluster.observer = self._api_called
+        self._vitals = Vitals(
+            self._metrics, cluster=cluster, leader=self._leader, queue=self._queue,
+            copies=self._copies,
+        )  # fmt: skip
+        cluster.observer = self._metrics.api_called
 
     async def run(self) -> None:
         """Stand by, lead, and let go in order when a signal ends kopf."""
         settings = self._settings
         port = await http_port.serve(
-            settings.metrics_port, metrics=self._text, healthy=self._unwell, ready=lambda: ""
-        )
-        tasks = [asyncio.create_task(self._watch_loop())]
+            settings.metrics_port, metrics=self._vitals.text,
+            healthy=self._vitals.unwell, ready=self._vitals.unready,
+        )  # fmt: skip
+        warmth = Warmth(self._share, self._unfinished)
+        tasks = [
+            asyncio.create_task(self._vitals.watch_loop()), asyncio.create_task(warmth.run())
+        ]  # fmt: skip
         try:
             epoch = await self._leader.acquire()
             reached("elected")
             self._cluster.guard = self._leader.check
             tasks.append(asyncio.create_task(self._keep_leading()))
             await self._look_at_store()
-            self._reconciler = self._new_reconciler(epoch)
+            self._reconciler = self._vitals.reconciler = self._new_reconciler(epoch)
             tasks += [
                 asyncio.create_task(self._copies.jobs.run()),
                 asyncio.create_task(self._copies.pods.run()),
                 asyncio.create_task(self._follow_store()),
+                asyncio.create_task(self._flush_events()),
             ]
             await self._copies.jobs.synced()
             await self._copies.pods.synced()
             tasks.append(asyncio.create_task(self._queue.run()))
+            self._vitals.working = True
             await self._watch_runs()
         finally:
             for task in tasks:
@@ -150,8 +158,6 @@ class Operator:
         )  # fmt: skip
 
     def _new_reconciler(self, epoch: int) -> Reconciler:
-        self._metrics.set("leader", 1)
-        self._metrics.set("lease_epoch", epoch)
         return Reconciler(
             cluster=self._cluster, copies=self._copies, store=self._store, share=self._share,
             settings=self._settings, epoch=epoch, enqueue=self._queue.add, fatal=stop_at_once,
@@ -244,37 +250,17 @@ class Operator:
         if self._reconciler is not None:
             self._reconciler.commit_delay_seconds = 0.0 if always else EVERYSEC_DELAY
 
-    # --- probes and metrics --------------------------------------------------------------------
+    async def _unfinished(self) -> bool:
+        """Whether any TuningRun is not over: from our copies, or, on standby, from the server."""
+        if self._vitals.working and self._reconciler is not None:
+            return not all(map(ended, self._reconciler.objects.values()))
+        return await any_unfinished(self._cluster, self._settings.namespaces)
 
-    async def _watch_loop(self) -> None:
-        """How late the event loop wakes up."""
+    async def _flush_events(self) -> None:
         while True:
-            before = time.monotonic()
-            await asyncio.sleep(LAG_LOOK_SECONDS)
-            self._lag = time.monotonic() - before - LAG_LOOK_SECONDS
-            self._metrics.observe("event_loop_lag_seconds", max(0.0, self._lag))
-
-    def _unwell(self) -> str:
-        """Why this process should be restarted; an outage of Redis is no reason."""
-        if self._lag > LAG_SECONDS:
-            return f"the event loop was stuck for {self._lag:.0f} s"
-        if self._reconciler is None:
-            return ""
-        silence = max(self._copies.jobs.silent_seconds, self._copies.pods.silent_seconds)
-        return f"no word of the API server for {silence:.0f} s" if silence > SILENCE_SECONDS else ""
-
-    def _text(self) -> bytes:
-        metrics = self._metrics
-        metrics.set("leader", int(self._leader.leads))
-        metrics.set("workqueue_depth", self._queue.depth)
-        metrics.set("workqueue_oldest_seconds", self._queue.oldest_seconds)
-        for name, copies in (("jobs", self._copies.jobs), ("pods", self._copies.pods)):
-            metrics.set("informer_last_event_seconds", copies.silent_seconds, name)
-        return metrics.text()
-
-    def _api_called(self, verb: str, resource: str, code: str, seconds: float) -> None:
-        self._metrics.add("api_requests", verb, resource, code)
-        self._metrics.observe("api_request_seconds", seconds, verb, resource)
+            await asyncio.sleep(EVERY_SECONDS)
+            if self._reconciler is not None:
+                await self._reconciler.events.flush()
 
 
 def _login(**kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from qtt_core.plan import Candidate, Phase, Plan
 from qtt_core.retention import chosen, garbage, survivors
 from qtt_operator.failpoints import reached
 from qtt_operator.names import checkpoint_folder
+from qtt_operator.progress import progress
 from qtt_operator.run_folder import write_atomically
 from qtt_operator.status import build_status
 from qtt_operator.turn import RunContext
@@ -105,6 +106,9 @@ class Housekeeping:
             held=held,
             recommendation=context.recommendation,
             now=context.clock(),
+            seconds_left=progress(
+                context.run.spec, context.state, context.events, context.clock()
+            ).seconds_left,
             previous=self._written.get("conditions", ()),
         )
 

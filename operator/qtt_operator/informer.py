@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 PAGE = 500
 WATCH_SECONDS = 240
 GONE = 410
+JOB_OF_POD = "batch.kubernetes.io/job-name"
 Name = tuple[str, str]
 """Namespace and name."""
 
@@ -45,7 +46,8 @@ class Informer:
         self._on_change, self._on_delete, self._trim = on_change, on_delete, trim
         self._watch_seconds = watch_seconds
         self._objects: dict[Name, Object] = {}
-        self._by_run: dict[str, set[Name]] = defaultdict(set)
+        self._by_run: dict[str, dict[Name, Object]] = defaultdict(dict)
+        self._by_job: dict[str, dict[Name, Object]] = defaultdict(dict)
         self._version = ""
         self.synced = asyncio.Event()
         self.heard_at = time.monotonic()
@@ -55,8 +57,12 @@ class Informer:
     # --- reading -----------------------------------------------------------------------------
 
     def of_run(self, uid: str) -> list[Object]:
-        """Objects that carry a run's label, by name."""
-        return [self._objects[name] for name in sorted(self._by_run.get(uid, ()))]
+        """Objects that carry a run's label."""
+        return list(self._by_run.get(uid, {}).values())
+
+    def of_job(self, job: str) -> list[Object]:
+        """Pods that the Job controller made for Jobs of this name, in all namespaces."""
+        return list(self._by_job.get(job, {}).values())
 
     def runs(self) -> list[str]:
         """Uids of runs that have objects."""
@@ -144,16 +150,18 @@ class Informer:
     def _store(self, found: Object) -> None:
         name = _name(found)
         self._objects[name] = found
-        self._by_run[run_uid(found)].add(name)
+        self._by_run[run_uid(found)][name] = found
+        if job_of(found):
+            self._by_job[job_of(found)][name] = found
         self._on_change(found)
 
     def _drop(self, found: Object) -> None:
         name = _name(found)
         if self._objects.pop(name, None) is not None:
-            names = self._by_run[run_uid(found)]
-            names.discard(name)
-            if not names:
-                del self._by_run[run_uid(found)]
+            for index, label in ((self._by_run, run_uid(found)), (self._by_job, job_of(found))):
+                index[label].pop(name, None)
+                if not index[label]:
+                    del index[label]
             self._on_delete(found)
 
 
@@ -181,6 +189,10 @@ class Informers:
     def of_run(self, uid: str) -> list[Object]:
         """Objects that carry a run's label."""
         return [found for part in self._parts.values() for found in part.of_run(uid)]
+
+    def of_job(self, job: str) -> list[Object]:
+        """Pods that the Job controller made for Jobs of this name."""
+        return [found for part in self._parts.values() for found in part.of_job(job)]
 
     def runs(self) -> set[str]:
         """Uids of runs that have objects."""
@@ -215,6 +227,11 @@ class Informers:
 def run_uid(found: Object) -> str:
     """The run an object belongs to."""
     return str((found["metadata"].get("labels") or {}).get(RUN_UID_LABEL, ""))
+
+
+def job_of(found: Object) -> str:
+    """The Job a pod was made for, empty where there is none."""
+    return str((found["metadata"].get("labels") or {}).get(JOB_OF_POD, ""))
 
 
 def without(found: Object, paths: Iterable[tuple[str, ...]]) -> Object:

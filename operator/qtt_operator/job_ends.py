@@ -8,7 +8,7 @@ that was suspended by anybody waits, and its deleted pod is no end.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -89,7 +89,9 @@ def job_end(job: Object, pods: Sequence[Object], sight: Sight) -> JobEnd | None:
             return _container_end(job, pods, last, state, sight)
     if last is not None and is_lost(last, sight):
         return _other_end(job, pods, "NodeLost", "its node has gone away", sight)
-    if sum(map(is_disrupted, pods)) >= MAX_DISRUPTIONS and last is not None and is_disrupted(last):
+    # a server too old for pod failure policies fails the Job of a disrupted pod at once
+    final = sum(map(is_disrupted, pods)) >= MAX_DISRUPTIONS or finished(job)
+    if last is not None and is_disrupted(last) and final:
         return _other_end(job, pods, "Evicted", _disruption(last), sight)
     if finished(job) and _waited(sight):
         return _other_end(job, pods, *_why_finished(job, last), sight)
@@ -107,10 +109,7 @@ def vanished(job: Object, pods: Sequence[Object], sight: Sight) -> JobEnd:
     if state is None:
         return _other_end(job, pods, reason, "the Job was deleted", sight)
     end = _container_end(job, pods, pods[-1], state, sight)
-    return JobEnd(
-        exit_code=end.exit_code, signal=end.signal, message=end.message, reason=reason,
-        device_seconds=end.device_seconds, queue_seconds=end.queue_seconds, node=end.node,
-    )  # fmt: skip
+    return replace(end, reason=reason)
 
 
 def needs_deletion(job: Object, pods: Sequence[Object]) -> bool:
@@ -233,7 +232,36 @@ def _container_end(
         node=_node(pod),
         device_seconds=held,
         queue_seconds=queued,
+        waits=waits(job, pod),
+        ended_at=seconds(state.get("finishedAt")),
     )
+
+
+def waits(job: Object, pod: Object) -> dict[str, float]:
+    """What an attempt waited for -> seconds, each from the API server's and the node's own times.
+
+    Queue: until its last pod was made; schedule: until that had a node; pull: until its trainer
+    started, images and volumes included.
+    """
+    marks = {
+        "": seconds(job["metadata"].get("creationTimestamp")),
+        "queue": seconds(pod["metadata"].get("creationTimestamp")),
+        "schedule": _since(pod, "PodScheduled"),
+        "pull": started_at(pod),
+    }
+    found, last = {}, marks.pop("")
+    for name, mark in marks.items():
+        if last is not None and mark is not None:
+            found[name] = max(0.0, mark - last)
+        last = last if mark is None else mark
+    return found
+
+
+def _since(found: Object, kind: str) -> float | None:
+    for condition in _conditions(found):
+        if condition["type"] == kind and condition["status"] == "True":
+            return seconds(condition.get("lastTransitionTime"))
+    return None
 
 
 def _reason(pod: Object, state: Mapping[str, Any]) -> str:

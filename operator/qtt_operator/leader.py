@@ -48,6 +48,9 @@ class Leader:
         self._seen: tuple[str, str] = ("", "")
         self._seen_at = now()
         self._renewed_at: float | None = None
+        self._looked_at = now()
+        self.has_looked = False
+        """Whether the Lease was read or written once."""
         self.epoch = 0
 
     @property
@@ -60,6 +63,16 @@ class Leader:
         """Which install this is: the Lease's uid, the same for every process of it."""
         return str((self._lease.get("metadata") or {}).get("uid") or "")
 
+    @property
+    def look_seconds(self) -> float:
+        """How often the Lease is looked at."""
+        return self._every
+
+    @property
+    def unseen_seconds(self) -> float:
+        """How long ago the Lease was last looked at, whether that worked or not."""
+        return self._now() - self._looked_at
+
     def check(self) -> None:
         """Raises: LeadershipLostError once the Lease may be another's."""
         if self._renewed_at is not None and not self.leads:
@@ -71,14 +84,17 @@ class Leader:
             began = self._now()
             try:
                 if await self._try():
-                    self._renewed_at = began
+                    self._renewed_at = self._looked_at = began
+                    self.has_looked = True
                     log.info("leader with epoch %d as %s", self.epoch, self.identity)
                     return self.epoch
+                self.has_looked = True
             except ClusterUnavailableError as error:
                 log.warning("lease: %s", error)
             except ClusterError as error:
                 if error.status != CONFLICT:
                     raise
+            self._looked_at = self._now()
             await asyncio.sleep(self._every)
 
     async def keep(self) -> None:
@@ -98,6 +114,7 @@ class Leader:
                 if error.status != CONFLICT:
                     raise
                 await self._reread()
+            self._looked_at = self._now()
             assert self._renewed_at is not None
             if self._now() - self._renewed_at > self._deadline:
                 raise LeadershipLostError(f"lease not renewed for {self._deadline:.0f} s")

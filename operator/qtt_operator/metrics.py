@@ -7,21 +7,21 @@ bounded whatever runs.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 import qtt_core
-from qtt_core.ledger.events import Cancel, Done, Event, Fail, Prepared, Retry
-from qtt_core.plan import JobPhase
-from qtt_core.steps import Recommendation
-from qtt_operator.turn import RunContext
 
-SHORT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+SHORT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2.5, 5, 10, 30)
 LONG = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+RATIO = (0.1, 0.25, 0.5, 0.7, 0.85, 1, 1.15, 1.4, 2, 4, 10)
 RUN = ("namespace", "run")
+
+GIT_VARIABLE = "QTT_GIT"
+"""Set in the image: the commit it was built from."""
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -34,6 +34,7 @@ class Metrics:
     _gauges: dict[str, Gauge] = field(default_factory=dict)
     _counters: dict[str, Counter] = field(default_factory=dict)
     _histograms: dict[str, Histogram] = field(default_factory=dict)
+    _totals: dict[tuple[str, tuple[str, ...]], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, (text, labels) in GAUGES.items():
@@ -46,7 +47,8 @@ class Metrics:
             self._histograms[name] = Histogram(
                 f"quicktune_{name}", text, labels, buckets=buckets, registry=self.registry
             )
-        self.set("build_info", 1, qtt_core.__version__)
+        git = os.environ.get(GIT_VARIABLE, "")
+        self.set("build_info", 1, qtt_core.__version__, git, qtt_core.__version__)
 
     def set(self, name: str, value: float, *labels: str) -> None:
         """Set a gauge."""
@@ -58,6 +60,19 @@ class Metrics:
         counter = self._counters[name]
         (counter.labels(*labels) if labels else counter).inc(amount)
 
+    def add_up_to(self, name: str, total: float, *labels: str) -> None:
+        """Raise a counter to a total that is counted elsewhere."""
+        known = self._totals.get((name, labels), 0.0)
+        if total > known:
+            self._totals[name, labels] = total
+            self.add(name, *labels, amount=total - known)
+
+    def replace(self, name: str, values: Mapping[tuple[str, ...], float]) -> None:
+        """Set every series of a gauge; those that are not named end."""
+        self._gauges[name].clear()
+        for labels, value in values.items():
+            self.set(name, value, *labels)
+
     def observe(self, name: str, value: float, *labels: str) -> None:
         """Record a value of a histogram."""
         histogram = self._histograms[name]
@@ -67,73 +82,34 @@ class Metrics:
         """Everything, as Prometheus reads it."""
         return generate_latest(self.registry)
 
-    # --- what the events of a run say ----------------------------------------------------------
+    def turn(self, result: str, seconds: float) -> None:
+        """A turn of a run ended: `ok`, or why it did not."""
+        self.observe("reconcile_seconds", seconds, result)
+        if result != "ok":
+            self.add("reconcile_errors", result)
 
-    def record(self, namespace: str, events: Iterable[Event], step: int) -> None:
-        """Count newly committed events; call once per event."""
-        for event in events:
-            if isinstance(event, Done):
-                self.observe("step_phase_seconds", event.q, "queue")
-                wasted = event.ov
-                self.add("step_cost_gpu_seconds", namespace, event.gpu, "overhead", amount=wasted)
-                trained = max(0.0, event.dev - wasted)
-                self.add("step_cost_gpu_seconds", namespace, event.gpu, "train", amount=trained)
-                count = max(1, -(-len(event.epochs) // step))
-                self.add("steps", namespace, event.state, amount=count)
-                self.observe("step_phase_seconds", trained, "train")
-            elif isinstance(event, Fail):
-                self.observe("step_phase_seconds", event.q, "queue")
-                self.add("steps", namespace, "failed")
-                self.add("step_failures", namespace, event.state)
-                self.add("step_cost_gpu_seconds", namespace, event.gpu, "wasted", amount=event.dev)
-            elif isinstance(event, Retry | Cancel):
-                self.observe("step_phase_seconds", event.q, "queue")
-                outcome = "infra" if isinstance(event, Retry) else "cancelled"
-                self.add("steps", namespace, outcome)
-                self.add("step_failures", namespace, event.reason)
-                self.add("step_cost_gpu_seconds", namespace, "", "wasted", amount=event.dev)
-            elif isinstance(event, Prepared):
-                self.add("step_cost_gpu_seconds", namespace, "", "overhead", amount=event.dev)
+    def api_called(self, verb: str, resource: str, code: str, seconds: float) -> None:
+        """A call of the Kubernetes API was answered."""
+        self.add("api_requests", verb, resource, code)
+        self.observe("api_request_seconds", seconds, verb, resource)
 
-    # --- gauges of active runs -----------------------------------------------------------------
-
-    def describe_run(self, namespace: str, context: RunContext) -> None:
-        """Set the gauges of a run from what is known of it."""
-        state, spec = context.state, context.run.spec
-        labels = (namespace, context.run.identity.name)
-        self.set("run_info", 1, *labels, spec.optimizer.algorithm, spec.search.portfolio)
-        best: Recommendation | None = context.recommendation
-        if best is not None:
-            self.set("run_best_score", best.score, *labels)
-        phases = [job.phase for job in context.observed.jobs]
-        for phase in (JobPhase.QUEUED, JobPhase.PENDING, JobPhase.RUNNING):
-            self.set("run_open_jobs", phases.count(phase), *labels, phase.value)
-        shares = []
-        if spec.budget.max_steps:
-            shares.append(("steps", state.steps / spec.budget.max_steps))
-        if spec.budget.max_gpu_seconds:
-            shares.append(("gpu_seconds", state.charged_seconds / spec.budget.max_gpu_seconds))
-        if spec.budget.max_wallclock and state.first_time:
-            passed = (context.clock() - state.first_time) / spec.budget.max_wallclock
-            shares.append(("wallclock", passed))
-        for kind, share in shares:
-            self.set("run_budget_consumed_ratio", share, *labels, kind)
-        progress = max([share for _, share in shares], default=0.0)
-        self.set("run_progress_ratio", min(1.0, progress), *labels)
-        if 0.0 < progress < 1.0 and state.first_time:
-            passed = context.clock() - state.first_time
-            self.set("run_eta_seconds", passed * (1 - progress) / progress, *labels)
+    def store_called(self, op: str, seconds: float, result: str) -> None:
+        """A call of Redis was answered: `error`, a script's reply or nothing."""
+        self.observe("store_op_seconds", seconds, op)
+        if result == "error":
+            self.add("store_errors", op)
+        elif result:
+            self.add("store_commit_results", result.lower())
 
     def forget_run(self, namespace: str, run: str) -> None:
         """Remove every series of a run that is active no more."""
         for name, (_, labels) in GAUGES.items():
             if "run" in labels:
-                with contextlib.suppress(KeyError):
-                    self._gauges[name].remove_by_labels({"namespace": namespace, "run": run})
+                self._gauges[name].remove_by_labels({"namespace": namespace, "run": run})
 
 
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "build_info": ("Version of the operator, always 1.", ("version",)),
+    "build_info": ("What runs here, always 1.", ("version", "git", "optimizer_version")),
     "leader": ("1 while this process holds the Lease.", ()),
     "lease_epoch": ("Epoch that fences this process's writes to the ledger.", ()),
     "runs": ("TuningRuns by phase.", ("namespace", "phase")),
@@ -141,6 +117,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "run_best_score": ("Recommended score in [0, 1], higher is better.", RUN),
     "run_progress_ratio": ("Share of the budget that is used, the largest of all limits.", RUN),
     "run_eta_seconds": ("Expected time until the budget is used.", RUN),
+    "checkpoint_bytes": ("Newest checkpoints of an active run's configurations.", RUN),
     "run_open_jobs": ("Jobs of an active run.", (*RUN, "state")),
     "run_budget_consumed_ratio": ("Share of one limit that is used.", (*RUN, "kind")),
     "workqueue_depth": ("Runs that wait for a turn.", ()),
@@ -165,7 +142,10 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 HISTOGRAMS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
     "step_phase_seconds": ("Parts of a step's time.", ("phase",), LONG),
+    "cost_prediction_ratio": ("Measured over predicted seconds of a step.", (), RATIO),
     "optimizer_ask_seconds": ("Time of an ask.", ("algorithm",), SHORT),
+    "optimizer_tell_seconds": ("Time to tell results.", ("algorithm",), SHORT),
+    "optimizer_replay_seconds": ("Time to build an optimizer again.", ("algorithm",), SHORT),
     "reconcile_seconds": ("Time of a turn.", ("result",), SHORT),
     "event_loop_lag_seconds": ("How late the event loop wakes up.", (), SHORT),
     "api_request_seconds": ("Time of an API call.", ("verb", "resource"), SHORT),

@@ -1,27 +1,42 @@
 """A few optimizer worker processes shared by many runs: each call borrows one.
 
 A worker holds one run's optimizer. A run goes back to the worker that still knows it, else takes
-the one that was idle longest and replays its own events there. Implements `turn.OptimizerPort`.
+the one that was idle longest and replays its own events there. Where the optimizer fails again and
+again, its run goes on with random proposals for a while. Implements `turn.OptimizerPort`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from qtt_core.errors import QuickTuneError
-from qtt_core.steps import (
-    BudgetView,
-    OptimizerEvent,
-    OptimizerSetup,
-    Proposal,
-    Recommendation,
+from qtt_core.steps import BudgetView, OptimizerSetup, Proposal, Recommendation
+from qtt_operator.optimizer_pool import (
+    COMMAND,
+    Answer,
+    OptimizerClient,
+    OptimizerLostError,
+    Pairs,
+    SpaceIdentity,
+    Told,
+    WorkerNews,
 )
-from qtt_operator.optimizer_pool import Answer, OptimizerClient, SpaceIdentity
 
-Pairs = list[tuple[str, OptimizerEvent]]
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FALLBACK = "FreezeThawRandom"
+"""Needs no model of anything, goes on with configurations it knows, and stops at full fidelity."""
+
+REST_SECONDS = 600.0
+"""How long an optimizer that was lost three times in a row is not tried again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,19 +49,40 @@ class _Slot:
     used: int = 0
 
 
-class OptimizerShare:
-    """At most `workers` processes; they start with the first call and end with `close`."""
+class ShareNews(WorkerNews):
+    """Told of what the workers do, and of asks that no optimizer answered."""
 
-    def __init__(self, workers: int, *, timeout_seconds: float = 60.0) -> None:
+    def fell_back(self) -> None:
+        """An ask was answered at random."""
+
+
+class OptimizerShare:
+    """At most `workers` processes; they start with `warm` or the first call, end with `idle`."""
+
+    def __init__(
+        self,
+        workers: int,
+        *,
+        news: ShareNews | None = None,
+        command: tuple[str, ...] = COMMAND,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.news, self.now = news or ShareNews(), now
         self._slots = [
-            _Slot(OptimizerClient(timeout_seconds=timeout_seconds)) for _ in range(workers)
+            _Slot(OptimizerClient(command=command, news=self.news)) for _ in range(workers)
         ]
         self._free = asyncio.Condition()
         self._count = 0
 
-    def port(self) -> SharedOptimizer:
-        """One run's optimizer."""
-        return SharedOptimizer(self)
+    def port(self, timeout_seconds: float = 60.0) -> SharedOptimizer:
+        """One run's optimizer; `timeout_seconds`: of each of its calls."""
+        return SharedOptimizer(self, timeout_seconds)
+
+    async def warm(self) -> None:
+        """Start every process that does not run; each loads its libraries while it waits."""
+        for slot in self._slots:
+            if not slot.busy:
+                await slot.client.warm()
 
     async def close(self) -> None:
         """End every process."""
@@ -76,6 +112,7 @@ class OptimizerShare:
             slot.busy = True
             self._count += 1
             slot.used = self._count
+        slot.client.timeout_seconds = port.timeout_seconds
         try:
             yield slot
         finally:
@@ -94,57 +131,104 @@ class OptimizerShare:
 class SharedOptimizer:
     """One run's optimizer: what it was told is kept here, so that any worker can be taught."""
 
-    def __init__(self, share: OptimizerShare) -> None:
-        self._share = share
+    def __init__(self, share: OptimizerShare, timeout_seconds: float) -> None:
+        self._share, self.timeout_seconds = share, timeout_seconds
         self._setup: OptimizerSetup | None = None
-        self._events: Pairs = []
+        self._told = Told()
+        self._rests_until = 0.0
+        self.trouble: tuple[str, str] | None = None
+        """Reason and message of the condition OptimizerHealthy while all is not well."""
 
     async def describe(self, setup: OptimizerSetup) -> SpaceIdentity:
         """Name and digest of a setup's space. Raises: SpecError, OptimizerError."""
         async with self._share.borrow(self) as slot:
             return await slot.client.describe(setup)
 
-    async def load(
-        self, setup: OptimizerSetup, events: Sequence[tuple[str, OptimizerEvent]]
-    ) -> None:
+    async def load(self, setup: OptimizerSetup, events: Pairs) -> None:
         """Build the optimizer and replay (stream id, event) pairs."""
-        self._setup, self._events = setup, list(events)
+        told = Told()
+        await told.add(events)
+        self._setup, self._told, self._rests_until = setup, told, 0.0
         self._share.drop(self)
-        async with self._taught():
-            pass
+        await self._call(_nothing)
 
-    async def tell(self, events: Sequence[tuple[str, OptimizerEvent]]) -> None:
+    async def tell(self, events: Pairs) -> None:
         """Feed further events, in ledger order."""
-        async with self._taught() as client:
-            await client.tell(events)
-        self._events.extend(events)
+        try:
+            await self._with(self._setup_now(), lambda client: client.tell(events))
+        except OptimizerLostError as error:
+            if not self._rests:
+                self._give_up(error)
+            await self._told.add(events)  # whoever is taught next hears them
 
     async def ask(self, n: int, budget: BudgetView) -> Answer:
         """At most n proposals of distinct configurations."""
-        async with self._taught() as client:
-            return await client.ask(n, budget)
+        answer = await self._call(lambda client: client.ask(n, budget))
+        if self._rests:
+            self._share.news.fell_back()
+        return answer
 
     async def recommend(self) -> Recommendation | None:
         """The incumbent, None before the first score."""
-        async with self._taught() as client:
-            return await client.recommend()
+        return await self._call(lambda client: client.recommend())
 
     async def explain(self, proposal: Proposal) -> str:
         """One sentence: why this proposal."""
-        async with self._taught() as client:
-            return await client.explain(proposal)
+        return await self._call(lambda client: client.explain(proposal))
 
-    @contextlib.asynccontextmanager
-    async def _taught(self) -> AsyncIterator[OptimizerClient]:
-        """A worker that knows all this run was told."""
+    # --- one call ----------------------------------------------------------------------------
+
+    async def _call(self, work: Callable[[OptimizerClient], Awaitable[T]]) -> T:
+        """Ask the run's own optimizer, and the fallback where that is lost three times."""
+        try:
+            return await self._with(self._setup_now(), work)
+        except OptimizerLostError as error:
+            if self._rests:
+                raise
+            self._give_up(error)
+            return await self._with(self._setup_now(), work)
+
+    @property
+    def _rests(self) -> bool:
+        return self._share.now() < self._rests_until
+
+    def _setup_now(self) -> OptimizerSetup:
         assert self._setup is not None  # load comes first
+        return replace(self._setup, algorithm=FALLBACK) if self._rests else self._setup
+
+    def _give_up(self, error: OptimizerLostError) -> None:
+        self._rests_until = self._share.now() + REST_SECONDS
+        minutes = REST_SECONDS / 60
+        text = f"{error.reason}: {error}; proposals are random for {minutes:.0f} minutes"
+        self.trouble = ("FallbackRandom", text)
+        log.error("optimizer: %s", text)
+
+    async def _with(
+        self, setup: OptimizerSetup, work: Callable[[OptimizerClient], Awaitable[T]]
+    ) -> T:
+        """Let a worker that knows all this run was told do some work."""
         async with self._share.borrow(self) as slot:
-            if slot.holder is not self:
-                slot.holder = None
-                await slot.client.load(self._setup, self._events)
-                slot.holder = self
+            client, losses = slot.client, slot.client.losses
             try:
-                yield slot.client
+                if slot.holder is not self or client.setup != setup:
+                    slot.holder = None
+                    await client.teach(setup, self._told)
+                    slot.holder = self
+                result = await work(client)
             except QuickTuneError:
                 slot.holder = None
                 raise
+            self._note_losses(client, losses)
+            return result
+
+    def _note_losses(self, client: OptimizerClient, before: int) -> None:
+        """A worker that was lost and built again is said until a call goes well."""
+        if client.losses > before:
+            text = "a worker was lost, started again and taught all it knew"
+            self.trouble = (client.last_loss, text)
+        elif not self._rests:
+            self.trouble = None
+
+
+async def _nothing(_client: OptimizerClient) -> None:
+    """Being taught is all."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 from qtt_core.errors import (
@@ -30,9 +30,16 @@ KNOWN: Mapping[str, type[QuickTuneError]] = {
 }
 
 
-def encode(value: Mapping[str, Any]) -> bytes:
-    """A frame."""
-    body = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+def to_text(value: object) -> bytes:
+    """JSON without a blank."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+def encode(value: Mapping[str, Any], events: Sequence[bytes] | None = None) -> bytes:
+    """A frame; `events`: JSON texts that become the list `events` of the object."""
+    body = to_text(value)
+    if events is not None:
+        body = b"".join((body[:-1], b',"events":[', b",".join(events), b"]}"))
     return HEADER.pack(len(body)) + body
 
 

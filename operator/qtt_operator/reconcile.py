@@ -13,6 +13,7 @@ from collections.abc import Callable
 from redis.asyncio import Redis
 
 from qtt_core.errors import (
+    ClusterError,
     LedgerError,
     NotFoundError,
     SpecDriftError,
@@ -20,7 +21,7 @@ from qtt_core.errors import (
     StaleEpochError,
     StoreUnavailableError,
 )
-from qtt_core.ledger.fold import EVALUATE_NOTE, FINETUNE_NOTE, RETRY_NOTE, step_epochs
+from qtt_core.ledger.fold import EVALUATE_NOTE, FINETUNE_NOTE, RETRY_NOTE
 from qtt_core.plan import Action, Commit, EmitEvent, OpenStep, Plan, RecordNote
 from qtt_core.wishes import note_key
 from qtt_operator.active_run import (
@@ -39,11 +40,14 @@ from qtt_operator.cluster_status import ended
 from qtt_operator.conditions import Truth, of_error
 from qtt_operator.farewell import Farewell
 from qtt_operator.job_ends import seconds
+from qtt_operator.job_limit import JobLimit
 from qtt_operator.leader import LeadershipLostError
 from qtt_operator.metrics import Metrics
 from qtt_operator.optimizer_share import OptimizerShare
+from qtt_operator.progress import progress
 from qtt_operator.redis_client import redacted
 from qtt_operator.redis_ledger import RedisLedger
+from qtt_operator.run_metrics import RunMetrics
 from qtt_operator.settings import OperatorSettings
 from qtt_operator.status_writer import StatusWriter
 from qtt_operator.turn import moved, pause_seconds, run_turn, tell_the_rest
@@ -84,15 +88,22 @@ class Reconciler:
         self._cluster, self._copies, self._settings = cluster, copies, settings
         self._share, self._enqueue, self._fatal = share, enqueue, fatal
         self._metrics, self._clock = metrics, clock
-        self._events = Events(cluster, instance=instance)
+        self.run_metrics = RunMetrics(metrics, epoch)
+        self._limit = JobLimit(settings.max_open_jobs, lambda key: enqueue(key, 0.0))
+        self.events = Events(cluster, instance=instance)
         self._status = StatusWriter(
             cluster, settings=settings, store=redacted(settings.redis_url),
-            events=self._events, stored=self._stored, clock=clock,
+            events=self.events, stored=self._stored, clock=clock,
+            failures=self.run_metrics.failure,
         )  # fmt: skip
+
+        def ledger_of(uid: str) -> RedisLedger:
+            return RedisLedger(store, uid, epoch, observer=metrics.store_called)
+
         self._around = Surroundings(
             cluster=cluster, copies=copies, share=share, settings=settings, epoch=epoch,
-            clock=clock, ledger_of=lambda uid: RedisLedger(store, uid, epoch), enqueue=enqueue,
-            others_open=self._open_jobs,
+            clock=clock, ledger_of=ledger_of, enqueue=enqueue,
+            room=self._limit.room,
             commit_delay_seconds=lambda: self.commit_delay_seconds, tell=self._tell,
         )  # fmt: skip
         self._upkeep = Upkeep(
@@ -105,6 +116,8 @@ class Reconciler:
         )  # fmt: skip
         self._farewell = Farewell(cluster, store, self._around.ledger_of, install)
         self.objects: dict[Key, Object] = {}
+        self._keys: dict[str, Key] = {}
+        """Uid -> key of the TuningRun."""
         self.active: dict[Key, ActiveRun] = {}
         self._left: dict[str, Object] = {}
         """Uid -> TuningRun that is gone and was not parted with yet."""
@@ -117,6 +130,7 @@ class Reconciler:
         key = key_of(found)
         known = self.objects.get(key)
         self.objects[key] = found
+        self._keys[_uid(found)] = key
         if known is None or _wish(known) != _wish(found):  # not for our own status writes
             self._enqueue(key, 0.0)
 
@@ -124,17 +138,19 @@ class Reconciler:
         """A TuningRun is gone; its Jobs go with it."""
         self.objects.pop(key_of(found), None)
         self._left[_uid(found)] = found
+        self._keys.pop(_uid(found), None)
+        self.run_metrics.deleted(_uid(found))
         self._enqueue(key_of(found), 0.0)
 
     def child_changed(self, uid: str) -> None:
         """A Job or Pod of a run changed."""
-        for key, run in self.active.items():
-            if run.uid == uid:
-                self._enqueue(key, 0.0)
+        if uid in self._keys:
+            self._enqueue(self._keys[uid], 0.0)
 
     def backend_of(self, uid: str) -> ClusterBackend | None:
         """The back end of an active run."""
-        return next((run.backend for run in self.active.values() if run.uid == uid), None)
+        run = self.active.get(self._keys.get(uid, ("", "")))
+        return run.backend if run is not None and run.uid == uid else None
 
     # --- one run ------------------------------------------------------------------------------
 
@@ -154,7 +170,6 @@ class Reconciler:
             return min(again, ABSENT_SECONDS) if isinstance(error, NotFoundError) else again
         except StoreUnavailableError as error:
             result = "store"
-            self._metrics.add("store_errors", "turn")
             await self._held(key, of_error(error))
             return STORE_AWAY_SECONDS
         except LedgerError as error:
@@ -167,12 +182,18 @@ class Reconciler:
         except (StaleEpochError, LeadershipLostError) as error:
             self._fatal(error)
             return None
-        except Exception:
-            result = "error"
-            self._metrics.add("reconcile_errors", "error")
+        except Exception as error:
+            result = self._broken(key, error)
             raise
         finally:
-            self._metrics.observe("reconcile_seconds", time.monotonic() - began, result)
+            self._metrics.turn(result, time.monotonic() - began)
+
+    def _broken(self, key: Key, error: Exception) -> str:
+        """Remember what ended a turn, for the status; the word that the metrics count."""
+        run = self.active.get(key)
+        if run is not None:
+            run.failure = (self._clock(), type(error).__name__, str(error))
+        return "cluster" if isinstance(error, ClusterError) else "bug"
 
     async def _bring_forward(self, key: Key, found: Object, run: ActiveRun | None) -> float | None:
         if "deletionTimestamp" in found["metadata"]:
@@ -263,6 +284,7 @@ class Reconciler:
             run.context.wake.clear()
             known = len(run.context.events)
             plan = await run_turn(run.context)
+            self.run_metrics.ended(run.context, plan)
             if not moved(plan):
                 return plan, None
             repeats = known == len(run.context.events) and any(map(_writes, plan.actions))
@@ -311,7 +333,7 @@ class Reconciler:
 
     async def _emit(self, found: Object, event: EmitEvent) -> None:
         log.info("%s/%s: %s: %s", *key_of(found), event.reason, event.message)
-        await self._events.emit(
+        await self.events.emit(
             found, reason=event.reason, message=event.message, warning=event.warning
         )
 
@@ -319,26 +341,22 @@ class Reconciler:
         await run.close()
         self._share.drop(run.optimizer)
         self.active.pop(run.key, None)
-        self._metrics.forget_run(*run.key)
+        self._limit.forget(run.key)
+        self.run_metrics.forget(run.key[0], run.context)
 
     def _count(self, run: ActiveRun) -> None:
-        """Feed the metrics what is new in the ledger; not what an earlier leader has counted."""
-        context = run.context
-        if run.recorded:
-            fresh = context.events[run.recorded :]
-            self._metrics.record(run.key[0], fresh, step_epochs(context.state.run))
-        run.recorded = len(context.events)
-        self._metrics.describe_run(run.key[0], context)
+        """Feed the metrics what is new, and give back room for Jobs that was not used."""
+        context, namespace = run.context, run.key[0]
+        self.run_metrics.take(context, namespace)
+        so_far = progress(context.run.spec, context.state, context.events, context.clock())
+        saved = run.house.histories(context).checkpoint_bytes
+        self.run_metrics.describe(context, namespace, so_far=so_far, saved=saved)
+        self._limit.settle(run.key, max(len(context.state.open), len(run.backend.live())))
 
     def _stored(self, found: Object) -> None:
         """The server's copy after a write of ours; kopf will say it again."""
         if key_of(found) in self.objects:
             self.objects[key_of(found)] = found
-
-    def _open_jobs(self, but: Key) -> int:
-        """Decisions and Jobs of the other runs; a decision counts before its Job is there."""
-        others = [run for key, run in self.active.items() if key != but]
-        return sum(max(len(run.context.state.open), len(run.backend.live())) for run in others)
 
 
 def key_of(found: Object) -> Key:

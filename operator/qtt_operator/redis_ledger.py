@@ -10,7 +10,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
-from qtt_core.errors import LedgerError
+from qtt_core.errors import LedgerError, StoreError
 from qtt_core.ledger.events import (
     EVALUATION,
     Cancel,
@@ -59,14 +61,20 @@ READ_ONLY = -1
 
 Answer = tuple[Reply, str]
 
+Observer = Callable[[str, float, str], None]
+"""Told of every call: what, seconds, and `error`, a script's reply or nothing."""
+
 
 class RedisLedger:
     """One writer of a run's stream; `epoch` fences it (see `redis_client.next_epoch`)."""
 
-    def __init__(self, client: Redis, uid: str, epoch: int) -> None:
+    def __init__(
+        self, client: Redis, uid: str, epoch: int, *, observer: Observer = lambda *_: None
+    ) -> None:
         self.client = client
         self.uid = uid
         self.epoch = epoch
+        self._observer = observer
 
     @classmethod
     def reader(cls, client: Redis, uid: str) -> RedisLedger:
@@ -86,7 +94,7 @@ class RedisLedger:
         """
         events: list[Event] = []
         while True:
-            with store_errors(self.client):
+            with self._asking("read"):
                 page: Any = await self.client.xrange(self.key("log"), min=f"({after}", count=PAGE)
             events += [from_fields(stream_id, wire) for stream_id, wire in page]
             if len(page) < PAGE:
@@ -97,7 +105,7 @@ class RedisLedger:
         """Whether an event is still there; a store that lost its tail has forgotten it."""
         if stream_id == "0-0":
             return True
-        with store_errors(self.client):
+        with self._asking("holds"):
             found: Any = await self.client.xrange(
                 self.key("log"), min=stream_id, max=stream_id, count=1
             )
@@ -220,6 +228,19 @@ class RedisLedger:
 
     # --- plumbing ---
 
+    @contextmanager
+    def _asking(self, op: str) -> Iterator[list[str]]:
+        """One call: its errors in our words, its time and its reply told to the observer."""
+        began, said = time.monotonic(), list[str]()
+        try:
+            with store_errors(self.client):
+                yield said
+        except StoreError:
+            said = ["error"]
+            raise
+        finally:
+            self._observer(op, time.monotonic() - began, said[0] if said else "")
+
     def _wire(self, event: Event) -> list[str]:
         """Field, value, field, value … of an event under this writer's epoch."""
         fields = to_fields(replace(event, ep=self.epoch))
@@ -230,19 +251,20 @@ class RedisLedger:
         text, sha = _script(script)
         names = [self.key(name) for name in keys]
         values = [str(self.epoch), *map(str, arguments)]
-        with store_errors(self.client):
+        with self._asking(script) as say:
             try:
                 answer: Any = await self.client.evalsha(sha, len(names), *names, *values)
             except NoScriptError:
                 answer = await self.client.eval(text, len(names), *names, *values)
-        word, stream_id = answer
+            word, stream_id = answer
+            say.append(str(word))
         try:
             return Reply(word), stream_id
         except ValueError as error:
             raise LedgerError(f"script {script} answered {word!r}") from error
 
     async def _hash(self, name: str) -> dict[str, str]:
-        with store_errors(self.client):
+        with self._asking("hash"):
             raw: Any = await self.client.hgetall(self.key(name))
         return dict(raw)
 

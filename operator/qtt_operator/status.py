@@ -35,6 +35,7 @@ def build_status(
     held: tuple[str, str] | None,
     recommendation: Recommendation | None,
     now: float,
+    seconds_left: float | None = None,
     previous: Sequence[Condition] = (),
 ) -> dict[str, Any]:
     """The status as a JSON-able mapping, of the shape of `status_schema`: at most a few KiB."""
@@ -52,7 +53,8 @@ def build_status(
         "consumed": {
             "steps": ledger.steps,
             "gpuSeconds": round(ledger.charged_seconds),
-            "overheadSeconds": round(ledger.overhead_seconds),
+            "overheadSeconds": round(ledger.overhead_seconds * spec.charged_devices),
+            "wastedSeconds": round(ledger.wasted_seconds),
             "queueSeconds": round(ledger.queue_seconds),
         },
         "top": [_trial(h, spec.metric) for h in ranked(histories, TOP)],
@@ -64,6 +66,8 @@ def build_status(
         status["startTime"] = _time(ledger.first_time)
     if ledger.last_end:
         status["lastStepTime"] = _time(ledger.last_end)
+    if seconds_left is not None and ledger.closed is None:
+        status["estimatedCompletionTime"] = _time(now + seconds_left)
     if ledger.closed is not None:
         status["completionTime"] = _time(ledger.closed.time)
     if recommendation is not None:

@@ -101,7 +101,8 @@ STATUS = section(
             {
                 "steps": _count("Steps of fidelity.step epochs."),
                 "gpuSeconds": _count("Seconds of device time over all attempts."),
-                "overheadSeconds": _count("Of them: neither training nor evaluation."),
+                "overheadSeconds": _count("Of them: in steps with a result, but not training."),
+                "wastedSeconds": _count("Of them: in attempts without a result."),
                 "queueSeconds": _count("Seconds that Jobs waited; not charged."),
             },
         ),
@@ -121,7 +122,11 @@ STATUS = section(
         "storeRef": _word("Where the ledger is: the store's address and the run's key."),
         "specHash": _word("Digest of the fields that may not change."),
         "templateHash": _word("Digest of the template that the next steps take."),
-        "jobFeatures": choice("Whether the server knows pod failure policies.", "Full", "Degraded"),
+        "jobFeatures": choice(
+            "Degraded: the server drops pod failure policies, and any lost pod fails its Job.",
+            "Full",
+            "Degraded",
+        ),
         "lastError": section(
             "What went wrong last.",
             {

@@ -224,7 +224,7 @@ class FakeCluster:
                     "labels": {**template["metadata"]["labels"], JOB_OF_POD: name},
                 },
                 "spec": {**copy.deepcopy(template["spec"]), "nodeName": "node-1"},
-                "status": {"phase": "Pending"},
+                "status": {"phase": "Pending", "conditions": [self._scheduled()]},
             })  # fmt: skip
         elif pod["status"]["phase"] == "Pending":
             state = {"running": {"startedAt": self._time()}}
@@ -267,8 +267,14 @@ class FakeCluster:
         self._pod_state(pod, "Failed" if code else "Succeeded", {"terminated": terminated})
 
     def _pod_state(self, pod: Object, phase: str, state: Object) -> None:
-        status = {"phase": phase, "containerStatuses": [{"name": "trainer", "state": state}]}
-        self._put("MODIFIED", "pods", {**copy.deepcopy(pod), "status": status})
+        status = {
+            "phase": phase, "containerStatuses": [{"name": "trainer", "state": state}],
+            "conditions": _conditions(pod),
+        }  # fmt: skip
+        self._put("MODIFIED", "pods", {**copy.deepcopy(pod), "status": copy.deepcopy(status)})
+
+    def _scheduled(self) -> Object:
+        return {"type": "PodScheduled", "status": "True", "lastTransitionTime": self._time()}
 
     def _coded(self, result: StepResult) -> tuple[int, str]:
         return EXIT_CODES[result.state], result.encode()

@@ -14,11 +14,12 @@ from typing import Any
 from qtt_core.optimizer import Optimizer, build, setup_space
 from qtt_core.steps import BudgetView, OptimizerEvent, OptimizerSetup, Proposal, Recommendation
 from qtt_operator.active_run import Key
-from qtt_operator.cluster import JOBS, PODS, RUNS, Object, Resource
+from qtt_operator.cluster import JOBS, PODS, RUNS, Cluster, Object, Resource
 from qtt_operator.cluster_backend import Copies, trim_job, trim_pod
 from qtt_operator.informer import Informer, Informers, run_uid
 from qtt_operator.metrics import Metrics
 from qtt_operator.optimizer_pool import Answer, SpaceIdentity
+from qtt_operator.optimizer_share import OptimizerShare
 from qtt_operator.reconcile import Reconciler
 from qtt_operator.settings import OperatorSettings
 from qtt_operator.store import EmbeddedStore
@@ -30,6 +31,8 @@ SETTINGS = OperatorSettings(status_seconds=0.0, resync_seconds=5.0)
 
 class InProcessOptimizer:
     """`SharedOptimizer` without the process."""
+
+    trouble: tuple[str, str] | None = None
 
     def __init__(self) -> None:
         self._optimizer: Optimizer | None = None
@@ -68,7 +71,7 @@ class InProcessOptimizer:
 class InProcessShare:
     """`OptimizerShare` without processes."""
 
-    def port(self) -> InProcessOptimizer:
+    def port(self, timeout_seconds: float = 60.0) -> InProcessOptimizer:
         return InProcessOptimizer()
 
     def drop(self, port: InProcessOptimizer) -> None:
@@ -85,18 +88,22 @@ class FakeOperator:
         *,
         epoch: int = 1,
         settings: OperatorSettings = SETTINGS,
+        api: Cluster | None = None,
+        share: OptimizerShare | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.cluster, self.store, self.settings = cluster, store, settings
         self.fatal: list[BaseException] = []
         self.queue: WorkQueue[Key] = WorkQueue(self._reconcile)
+        self.api = api or cluster
         copies = Copies(jobs=self._informers(JOBS, trim_job), pods=self._informers(PODS, trim_pod))
         self.copies = copies
         self.client = store.client()
         self.shift: Callable[[], float] = lambda: 0.0
-        self.metrics = Metrics()
+        self.metrics = metrics or Metrics()
         self.reconciler = Reconciler(
-            cluster=cluster, copies=copies, store=self.client,  # type: ignore[arg-type]
-            share=InProcessShare(), settings=settings, epoch=epoch,  # type: ignore[arg-type]
+            cluster=self.api, copies=copies, store=self.client,  # type: ignore[arg-type]
+            share=share or InProcessShare(), settings=settings, epoch=epoch,  # type: ignore[arg-type]
             enqueue=self.queue.add, fatal=self.fatal.append, metrics=self.metrics,
             clock=lambda: time.time() + self.shift(),
         )  # fmt: skip
@@ -173,7 +180,7 @@ class FakeOperator:
 
     def _informers(self, resource: Resource, trim: Callable[[Object], Object]) -> Informers:
         part = Informer(
-            self.cluster, resource, trim=trim, on_change=self._changed,  # type: ignore[arg-type]
+            self.api, resource, trim=trim, on_change=self._changed,  # type: ignore[arg-type]
             on_delete=self._job_gone if resource == JOBS else self._pod_gone,
         )  # fmt: skip
         return Informers({"": part})

@@ -139,7 +139,7 @@ def test_a_gap_in_what_was_told_is_refused():
         await client.load(make_setup(), [])
         proposal = (await client.ask(1, EVERYTHING)).proposals[0]
         await client.tell([("3-0", proposal)])
-        client._events.append(("4-0", finished(proposal)))  # believed told, never sent
+        await client._told.add([("4-0", finished(proposal))])  # believed told, never sent
         with pytest.raises(OptimizerError, match="3-0"):
             await client.tell([("5-0", finished(proposal))])
 
