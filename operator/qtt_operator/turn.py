@@ -139,7 +139,8 @@ class OptimizerPort(Protocol):
 
 
 async def _logged(event: p.EmitEvent) -> None:
-    log.debug("%s: %s", event.reason, event.message)  # on one machine the log tells it anyway
+    level = logging.WARNING if event.warning else logging.INFO
+    log.log(level, "%s: %s", event.reason, event.message)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -318,6 +319,7 @@ async def _open(context: RunContext, action: p.OpenStep) -> bool:
         kept = tuple(x for x in context.view.proposals if str(x.config_id) != event.c)
         context.view = replace(context.view, proposals=kept)
     if not _accepted(reply, event):
+        context.answered_at = ""
         return False
     if action.config is not None:
         context.configs[event.c] = action.config
@@ -360,8 +362,7 @@ async def _guarded(context: RunContext, work: Coroutine[None, None, None]) -> bo
         await work
     except (OptimizerError, SpecError, ObservationError, UnknownConfigurationError) as error:
         retry_at = context.clock() + REST_SECONDS
-        fault = error.reason if isinstance(error, OptimizerError) else "Failed"
-        context.view = replace(context.view, error=str(error), fault=fault, retry_at=retry_at)
+        context.view = replace(context.view, error=str(error), retry_at=retry_at)
         log.warning("optimizer: %s", error)
         return False
     context.view = replace(context.view, error="", retry_at=0.0)
@@ -418,6 +419,10 @@ async def _ask(context: RunContext, action: p.Ask) -> None:
 
 
 def _abandon(context: RunContext, config_id: int) -> None:
-    """Drop a proposal. The optimizer forgets by itself what was not opened before the next ask."""
+    """Drop a proposal. The optimizer forgets by itself what was not opened before the next ask.
+
+    The answer no longer tells what it would do: asked again, it may well propose something.
+    """
     kept = tuple(x for x in context.view.proposals if x.config_id != config_id)
     context.view = replace(context.view, proposals=kept)
+    context.answered_at = ""

@@ -23,7 +23,16 @@ from qtt_core.spec import Budget, Dataset, FailurePolicy, Fidelity, RunSpec
 from qtt_core.testing.ledger import MemoryLedger
 from qtt_operator.documents import Places, RunContents
 from qtt_operator.turn import RunContext, act, gather, moved, pause_seconds, run_turn, tell_the_rest
-from tests.planner.fuzz_world import EPOCH, OVERHEAD, CrashError, Frail, Watched, Wisdom, World
+from tests.planner.fuzz_world import (
+    CONFIGS,
+    EPOCH,
+    OVERHEAD,
+    CrashError,
+    Frail,
+    Watched,
+    Wisdom,
+    World,
+)
 
 HUB = select(load_hub("tiny"), models=("mini_resnet",))
 IDENTITY = p.Identity(
@@ -363,6 +372,10 @@ def _overshot(story: Story, events: list[Event]) -> list[str]:
         found.append(f"{state.charged_seconds} s charged, {seconds} allowed, {workers} workers")
     if state.open:
         found.append(f"open at the end: {sorted(state.open)}")
+    full, heads = story.spec.fidelity.max, state.heads
+    free = [c for c in map(str, range(CONFIGS)) if c not in state.failed and heads.get(c, 0) < full]
+    if state.closed is not None and state.closed.reason == "SpaceExhausted" and free:
+        found.append(f"closed as exhausted, and {free} were free")
     return found
 
 

@@ -320,6 +320,29 @@ def test_a_proposal_that_is_not_opened_is_no_word_to_the_optimizer() -> None:
     assert "Abandon" not in asyncio.run(scenario())
 
 
+def test_an_answer_that_a_suspension_threw_away_does_not_end_the_run() -> None:
+    """Nothing open and nothing proposed looked like an empty space; resumed, the run ended."""
+
+    async def scenario() -> list[Event]:
+        clock = VirtualClock()
+        backend, ledger = SimulatedBackend(clock=clock), MemoryLedger(clock=clock)
+        context = make_context(ledger, backend, clock, make_spec())
+        while not context.view.proposals:
+            if not moved(await run_turn(context)) and context.call is None:
+                clock.now = backend.next_end() or clock.now
+            if context.call is not None:
+                await context.call
+                context.call = None
+        going = context.run
+        context.run = replace(going, spec=replace(going.spec, suspend=True))
+        await run_turn(context)
+        context.run = going
+        await drive(context, backend)
+        return await ledger.read()
+
+    assert fold(asyncio.run(scenario())).steps == 12
+
+
 def test_the_optimizer_is_told_the_seconds_it_proposed_on_any_number_of_devices() -> None:
     """The ledger reserves device-seconds; the optimizer speaks of seconds of a Job."""
     spec = make_spec(
