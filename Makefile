@@ -58,7 +58,7 @@ check: venv ## lint, format, types, import rules, drift
 	@$(PY) -m pytest -q tests/packaging/test_drift.py
 
 check-chart: venv ## the Helm chart: lint, schemas, refused values, its alerts; a part of make test
-	@tests/chart/promtool.sh || echo "promtool is not to be had here; the alerts' cases are left out"
+	@tests/chart/prometheus.sh || echo "no Prometheus to be had here; the tests of alerts and dashboards are left out"
 	@$(PY) -m pytest -q tests/chart $(PYTEST_FLAGS)
 
 crds: venv ## write the CRD, the chart's copy and the tables of docs/manifest.md from the table of fields

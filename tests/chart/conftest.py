@@ -21,7 +21,8 @@ Render = Callable[..., list[Object]]
 HOW = {
     "helm": "make testbed builds it, or put Helm 3 or 4 on PATH",
     "kubeconform": "make testbed builds it, or put it on PATH",
-    "promtool": "tests/chart/promtool.sh fetches it, or put Prometheus' promtool on PATH",
+    "promtool": "make check-chart fetches it from Debian, or put it on PATH",
+    "prometheus": "make check-chart fetches it from Debian, or put it on PATH",
 }
 
 
@@ -86,3 +87,8 @@ def render(helm_template: Callable[..., subprocess.CompletedProcess[str]]) -> Re
         return found
 
     return call
+
+
+@pytest.fixture(scope="session")
+def prometheus() -> str:
+    return tool("prometheus")
