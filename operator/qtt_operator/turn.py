@@ -139,8 +139,7 @@ class OptimizerPort(Protocol):
 
 
 async def _logged(event: p.EmitEvent) -> None:
-    level = logging.WARNING if event.warning else logging.INFO
-    log.log(level, "%s: %s", event.reason, event.message)
+    log.debug("%s: %s", event.reason, event.message)  # on one machine the log tells it anyway
 
 
 @dataclass(slots=True, kw_only=True)
@@ -362,7 +361,8 @@ async def _guarded(context: RunContext, work: Coroutine[None, None, None]) -> bo
         await work
     except (OptimizerError, SpecError, ObservationError, UnknownConfigurationError) as error:
         retry_at = context.clock() + REST_SECONDS
-        context.view = replace(context.view, error=str(error), retry_at=retry_at)
+        fault = error.reason if isinstance(error, OptimizerError) else "Failed"
+        context.view = replace(context.view, error=str(error), fault=fault, retry_at=retry_at)
         log.warning("optimizer: %s", error)
         return False
     context.view = replace(context.view, error="", retry_at=0.0)
