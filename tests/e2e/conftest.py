@@ -28,7 +28,6 @@ from tuning_runs import Run, simulated
 MakeNamespace = Callable[..., Kube]
 Simulate = Callable[..., Run]
 SYSTEM = "quicktune-system"
-WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +95,7 @@ def make_namespace(
     made: list[Kube] = []
 
     def make(*, enforce: str = "privileged") -> Kube:
-        kube = Kube(namespace=f"{stem.strip('-')}-{WORKER}{next(_numbers)}", api=testbed.api)
+        kube = Kube(namespace=f"{stem.strip('-')}-{os.getpid()}-{next(_numbers)}", api=testbed.api)
         Kube(namespace="default", api=testbed.api).create(namespace(kube.namespace, enforce))
         made.append(kube)
         request.node.stash.setdefault(NAMESPACES, []).append(kube)
