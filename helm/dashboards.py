@@ -124,10 +124,18 @@ ONE_RUN = [
         kind="bargauge", unit="percentunit",
     ),
     Panel(title="Open Jobs", asked={"{{state}}": f"quicktune_run_open_jobs{RUN}"}, stacked=True),
+    Panel(title="Checkpoints", asked={"size": f"quicktune_checkpoint_bytes{RUN}"}, unit="bytes"),
     Panel(
         title="Steps a minute in this namespace, by outcome",
         asked={"{{outcome}}": a_minute("steps_total", "outcome", '{namespace="$namespace"}')},
         stacked=True,
+    ),
+    Panel(
+        title="Measured over predicted seconds of a step, all runs",
+        asked={
+            "median": quantile(0.5, "cost_prediction_ratio"),
+            "p90": quantile(0.9, "cost_prediction_ratio"),
+        },
     ),
     Panel(
         title="The best five", asked={}, kind="text",

@@ -74,7 +74,7 @@ redis://quicktune@{{ include "quicktune.fullname" . }}-redis.{{ .Release.Namespa
 - {apiGroups: [""], resources: [pods], verbs: [list, watch, create]}     # create: for the dry run only
 - {apiGroups: [""], resources: [persistentvolumeclaims], verbs: [get, list, create, patch, delete]}
 - {apiGroups: [""], resources: [configmaps], verbs: [get]}
-- {apiGroups: [""], resources: [events], verbs: [create]}
+- {apiGroups: [""], resources: [events], verbs: [create, patch]}
 {{- if not .Values.watchNamespaces }}
 - {apiGroups: [networking.k8s.io], resources: [networkpolicies], verbs: [get, create]}     # of steps; elsewhere the chart makes it
 {{- end }}
