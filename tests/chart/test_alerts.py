@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,14 @@ def alerts(chart: Path) -> dict[str, Object]:
     return {rule["alert"]: rule for group in rules["groups"] for rule in group["rules"]}
 
 
-def run_cases(promtool: str, rules: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """`promtool test rules` of the cases with these rules."""
+def run_cases(
+    promtool: str, rules: str, folder: Path, *, about: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """`promtool test rules` of the cases, or of those about one alert, with these rules."""
     (folder / "alerts.yaml").write_text(rules)
-    shutil.copy(CASES, folder)
+    cases = yaml.safe_load(CASES.read_text())
+    cases["tests"] = [test for test in cases["tests"] if test["name"].startswith(about)]
+    (folder / CASES.name).write_text(yaml.safe_dump(cases))
     command = [promtool, "test", "rules", CASES.name]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
@@ -39,9 +42,10 @@ def test_every_alert_does_what_its_cases_say(promtool: str, chart: Path, tmp_pat
 def test_the_cases_notice_a_changed_rule(promtool: str, chart: Path, tmp_path: Path) -> None:
     rules = (chart / "files" / "alerts.yaml").read_text()
 
-    done = run_cases(promtool, rules.replace("> 0.9", "> 0.99"), tmp_path)
+    name = "QuickTuneCheckpointVolumeFull"
+    done = run_cases(promtool, rules.replace("> 0.9", "> 0.99"), tmp_path, about=name)
 
-    assert "QuickTuneCheckpointVolumeFull" in done.stdout + done.stderr
+    assert name in done.stdout + done.stderr
     assert done.returncode != 0
 
 

@@ -157,7 +157,7 @@ def test_a_change_of_a_setting_rolls_the_operator_and_nothing_else_does(render: 
         return template
 
     assert pod({"limits": {"maxOpenJobs": 7}}) != pod({})
-    assert pod({"networkPolicy": {"enabled": False}}) == pod({})
+    assert pod({"metrics": {"dashboards": {"enabled": False}}}) == pod({})
 
 
 def test_a_watched_namespace_gets_roles_and_the_cluster_none(render: Render) -> None:
