@@ -147,6 +147,8 @@ _ACTS_IN: Mapping[str, tuple[str, ...]] = {
     "tolerance": _TUNED,
 }
 _LONG_SECONDS = 30 * 86_400
+_MANY_JOBS = 4
+"""Parallel Jobs on the one node that has their volume."""
 
 
 def advice(run: TuningRun) -> Iterator[Fault]:
@@ -198,6 +200,18 @@ def _kept(run: TuningRun) -> Iterator[Fault]:
         yield Fault(
             "spec.checkpoint.maxVolumes", checkpoint.max_volumes, "acts with scope Config only"
         )
+
+
+def _one_node(run: TuningRun) -> Iterator[Fault]:
+    """One ReadWriteOnce claim holds all Jobs on one node; the install's default is such a claim."""
+    checkpoint, parallelism = run.spec.checkpoint, run.spec.parallelism
+    if parallelism <= _MANY_JOBS or (checkpoint is not None and checkpoint.claim_name):
+        return
+    template = (checkpoint.volume_claim_template if checkpoint is not None else None) or {}
+    shared = "ReadWriteMany" in template.get("accessModes", ())
+    if not shared and (checkpoint is None or checkpoint.scope != "Config"):
+        text = "all Jobs run on one node, with their volume; use ReadWriteMany or scope Config"
+        yield Fault("spec.parallelism", parallelism, text)
 
 
 def _amounts(run: TuningRun) -> Iterator[Fault]:
@@ -254,6 +268,7 @@ _ADVICE: tuple[Callable[[TuningRun], Iterator[Fault]], ...] = (
     _without_effect,
     _splits,
     _kept,
+    _one_node,
     _amounts,
     _names,
     _template,

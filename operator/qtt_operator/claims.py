@@ -14,6 +14,9 @@ from qtt_operator.names import CONFIG_LABEL, checkpoint_claim, config_claim
 from qtt_operator.owner import Object, RunObject, owner_labels, owner_reference
 from qtt_operator.settings import ClaimDefaults
 
+MANY_JOBS = 4
+"""More parallel Jobs than this on one node's volume deserve a word."""
+
 
 def is_per_config(spec: RunSpec) -> bool:
     """Whether every configuration has a claim of its own."""
@@ -80,6 +83,28 @@ def is_on_one_node(spec: RunSpec, defaults: ClaimDefaults) -> bool:
     """
     modes = access_modes(spec, defaults)
     return bool(modes) and "ReadWriteMany" not in modes and not is_per_config(spec)
+
+
+def unavailable(claim: Object) -> str:
+    """What to say of a claim that nobody provides, and the way out."""
+    name = claim["metadata"]["name"]
+    kind = claim["spec"].get("storageClassName")
+    of_class = f"class {kind}" if kind else "the default class"
+    return (
+        f"claim {name} asks {of_class} for ReadWriteMany and is still Pending; name a class that "
+        "has it, or use accessModes [ReadWriteOnce]: all Jobs on one node, or with scope Config "
+        "one claim a configuration (kubectl describe pvc " + name + ")"
+    )
+
+
+def one_node_advice(spec: RunSpec, defaults: ClaimDefaults) -> str:
+    """What to say where many Jobs must share one node for their volume; empty where it is well."""
+    if spec.parallelism <= MANY_JOBS or not is_on_one_node(spec, defaults):
+        return ""
+    return (
+        f"{spec.parallelism} parallel Jobs share one ReadWriteOnce volume, so all run on one node; "
+        "use checkpoint.volumeClaimTemplate with ReadWriteMany, or checkpoint.scope Config"
+    )
 
 
 def _default_spec(defaults: ClaimDefaults) -> Mapping[str, Any]:

@@ -116,6 +116,8 @@ class ClusterBackend:
         synced = self.copies.jobs.is_synced and self.copies.pods.is_synced
         room = self.room(self.owner.run.spec.parallelism)
         await self.volumes.refresh()
+        waits = map(job_ends.waits_since, self.copies.pods.of_run(self.owner.uid))
+        await self.volumes.look(min((at for at in waits if at is not None), default=None))
         return Observed(
             jobs=tuple(seen), synced_at=self.clock() if synced else 0.0, devices=room,
             volumes=frozenset(self.volumes.known) if self.volumes.per_config else None,
@@ -238,9 +240,11 @@ class ClusterBackend:
 
     def waiting(self) -> tuple[str, str]:
         """Why a pending pod does not run: (reason, message), or ("", "")."""
+        if self.volumes.trouble:
+            return "ReadWriteManyUnavailable", self.volumes.trouble
         for pod in self.copies.pods.of_run(self.owner.uid):
             if job_ends.started_at(pod) is None:
-                why = job_ends.waiting_reason(pod)
+                why = job_ends.waiting_reason(pod, self.clock())
                 if why[0]:
                     return why
         return "", ""

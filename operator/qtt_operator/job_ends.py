@@ -28,6 +28,9 @@ Object = Mapping[str, Any]
 MAX_DISRUPTIONS = 2
 """Replacements back off and double; from the second disruption a new attempt is quicker."""
 
+ATTACH_SECONDS = 60.0
+"""A volume that takes longer than this to be attached is worth a word."""
+
 UNREAD_SECONDS = 10.0
 """A finished Job whose pod we have not seen end: the two watches are not in step."""
 
@@ -196,8 +199,12 @@ def held_seconds(pod: Object, now: float) -> float:
     return max(0.0, (now if end is None else end) - start)
 
 
-def waiting_reason(pod: Object) -> tuple[str, str]:
-    """Why a pod does not run yet: (reason of the condition Progressing, message) or ("", "")."""
+def waiting_reason(pod: Object, now: float = 0.0) -> tuple[str, str]:
+    """Why a pod does not run yet: (reason of the condition Progressing, message) or ("", "").
+
+    `now`: seconds since 1970. A node mounts the volumes before it makes the pod's sandbox; one that
+    has none a minute after the pod was given to it waits for a volume.
+    """
     for condition in _conditions(pod):
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
             return "Unschedulable", str(condition.get("message", ""))
@@ -207,7 +214,34 @@ def waiting_reason(pod: Object) -> tuple[str, str]:
         return "ImagePull", f"{reason}: {message}"
     if reason and reason not in {"ContainerCreating", "PodInitializing"}:
         return "Unschedulable", f"{reason}: {message}"
+    given = _given_at(pod)
+    if given is not None and now - given > ATTACH_SECONDS and _has_no_sandbox(pod):
+        words = f"pod {pod['metadata']['name']}: its volumes are not attached to node {_node(pod)}"
+        return "VolumeAttach", f"{words}; another node may hold one of them (kubectl describe pod)"
     return "", ""
+
+
+def waits_since(pod: Object) -> float | None:
+    """Since when a pod that has not started was there; None for one that has."""
+    if started_at(pod) is not None:
+        return None
+    return seconds(pod["metadata"].get("creationTimestamp"))
+
+
+def _given_at(pod: Object) -> float | None:
+    """When the scheduler gave a pod to its node."""
+    for condition in _conditions(pod):
+        if condition["type"] == "PodScheduled" and condition["status"] == "True":
+            return seconds(condition.get("lastTransitionTime"))
+    return None
+
+
+def _has_no_sandbox(pod: Object) -> bool:
+    """Whether the kubelet says so; a server that does not know the condition says nothing."""
+    return any(
+        c["type"] == "PodReadyToStartContainers" and c["status"] == "False"
+        for c in _conditions(pod)
+    )
 
 
 def seconds(text: object) -> float | None:

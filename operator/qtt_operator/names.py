@@ -20,7 +20,8 @@ REASONS = {
         "Ready", "Timeout", "OutOfMemory", "Failed", "FallbackRandom", "VersionSkew",
     ),
     "Progressing": (
-        "StepsRunning", "WaitingForQuota", "Unschedulable", "ImagePull", "InfraRetriesExhausted",
+        "StepsRunning", "WaitingForQuota", "Unschedulable", "ImagePull", "VolumeAttach",
+        "ReadWriteManyUnavailable", "InfraRetriesExhausted",
         "DiskFull", "NoProgress",
     ),
     "Suspended": ("UserRequested", "Draining", "DatasetChanged"),

@@ -33,6 +33,7 @@ from qtt_operator.active_run import (
     start_run,
     wishes_of,
 )
+from qtt_operator.claims import one_node_advice
 from qtt_operator.cluster import RUNS, Cluster, Object
 from qtt_operator.cluster_backend import ClusterBackend, Copies, is_recorded
 from qtt_operator.cluster_events import Events
@@ -250,6 +251,9 @@ class Reconciler:
         await run.ledger.describe(self._farewell.facts(found))
         await run.backend.volumes.hand_over()
         self._stored(await self._wipe.promise(found, run.backend.owner))
+        advice = one_node_advice(run.context.run.spec, self._settings.checkpoint_defaults)
+        if advice:
+            await self._emit(found, EmitEvent(reason="OneNodeVolume", message=advice))
 
     async def _part(self, key: Key) -> None:
         """Part with TuningRuns of this name that are gone."""

@@ -11,7 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from qtt_core.errors import ClusterError
-from qtt_operator.claims import build_claim, claim_name, is_per_config, owners
+from qtt_operator.claims import (
+    access_modes,
+    build_claim,
+    claim_name,
+    is_per_config,
+    owners,
+    unavailable,
+)
 from qtt_operator.cluster import CLAIMS, Cluster, Object
 from qtt_operator.farewell import claims_of
 from qtt_operator.informer import run_uid
@@ -26,6 +33,10 @@ RELIST_SECONDS = 60.0
 """Claims change by our own hand; this often we look whether by another's, too."""
 
 
+CLAIM_SECONDS, LOOK_SECONDS = 60.0, 30.0
+"""A claim that is Pending this long after its first pod; how often it is looked at then."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Volumes:
     """`run` tells the TuningRun as it is; `known`: configuration -> its claim (scope Config)."""
@@ -35,7 +46,10 @@ class Volumes:
     settings: OperatorSettings
     clock: Callable[[], float]
     known: dict[str, Object] = field(default_factory=dict)
+    trouble: str = ""
+    """Why pods wait for a claim of ours that nobody provides; empty while that is not so."""
     _listed_at: float | None = None
+    _looked_at: float = 0.0
     _made: set[str] = field(default_factory=set)
     _owned_as: str = ""
 
@@ -92,6 +106,28 @@ class Volumes:
         }
         self._made = {claim["metadata"]["name"] for claim in self.known.values()}
         self._listed_at = now
+
+    async def look(self, waiting_since: float | None) -> None:
+        """See whether a class gives no ReadWriteMany, once a pod has waited a minute for it.
+
+        `waiting_since`: when the oldest pod that has not started was created; None: none waits.
+        """
+        now, spec = self.clock(), self.owner.run.spec
+        modes = access_modes(spec, self.settings.checkpoint_defaults)
+        if waiting_since is None or "ReadWriteMany" not in modes:
+            self.trouble = ""
+            return
+        soon = now - waiting_since < CLAIM_SECONDS or now - self._looked_at < LOOK_SECONDS
+        if soon:
+            return
+        self._looked_at = now
+        names = [c["metadata"]["name"] for c in self.known.values()]
+        for name in names if self.per_config else [claim_name(self.owner)]:
+            found = await self.cluster.get(CLAIMS, self.owner.run.namespace, name)
+            if found is not None and (found.get("status") or {}).get("phase") == "Pending":
+                self.trouble = unavailable(found)
+                return
+        self.trouble = ""
 
     async def drop(self, c: str) -> None:
         """Delete a configuration's claim; Kubernetes waits for a pod that still uses it."""

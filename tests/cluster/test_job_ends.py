@@ -190,6 +190,23 @@ def test_why_a_pod_waits(waiting: str, reason: str) -> None:
     assert waiting_reason(pod({"waiting": {"reason": waiting}}))[0] == reason
 
 
+@pytest.mark.parametrize(
+    ("seconds", "sandbox", "reason"),
+    [(70, "False", "VolumeAttach"), (50, "False", ""), (70, "True", ""), (70, "", "")],
+    ids=["long", "not yet long", "mounted", "an old server"],
+)
+def test_a_pod_that_has_a_node_and_not_its_volumes_is_told(
+    seconds: int, sandbox: str, reason: str
+) -> None:
+    conditions = [{"type": "PodScheduled", "status": "True", "lastTransitionTime": at(100)}]
+    if sandbox:
+        conditions.append({"type": "PodReadyToStartContainers", "status": sandbox})
+    waiting = {"state": {"waiting": {"reason": "ContainerCreating"}}, "name": "trainer"}
+    found = pod(status={"conditions": conditions, "containerStatuses": [waiting]})
+
+    assert waiting_reason(found, NOW + seconds)[0] == reason
+
+
 def test_a_pod_without_a_node_tells_the_schedulers_words() -> None:
     unplaced = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes: Insufficient gpu"}
 

@@ -13,12 +13,16 @@ from typing import Any
 import pytest
 
 from qtt_core.ledger.events import Done, Event, Note, Open, Retry
+from qtt_core.spec import check_spec, parse_manifest
+from qtt_operator.claims import one_node_advice
 from qtt_operator.cluster import CLAIMS, RUNS, Object
 from qtt_operator.names import config_claim
+from qtt_operator.owner import RunObject
 from qtt_operator.store import EmbeddedStore
+from qtt_operator.volumes import Volumes
 from tests.cluster.disks import Disks
 from tests.cluster.fake_cluster import FakeCluster, document_of
-from tests.cluster.fake_operator import FakeOperator, manifest
+from tests.cluster.fake_operator import SETTINGS, FakeOperator, manifest
 from tests.cluster.test_reconcile import (
     complete,
     events_of,
@@ -268,6 +272,77 @@ def test_never_more_volumes_than_the_spec_allows(
     only_once(events, 14)
     assert most <= 3
     assert int(run["status"]["configs"]["started"]) > 3  # it did not stand still either
+
+
+RWX = {"accessModes": ["ReadWriteMany"], "resources": {}, "storageClassName": "slow"}
+
+
+@pytest.mark.parametrize(
+    ("template", "phase", "waited", "told"),
+    [
+        (RWX, "Pending", 61.0, True),
+        (RWX, "Pending", 59.0, False),
+        (RWX, "Bound", 600.0, False),
+        (RWX, "Pending", None, False),
+        (TEMPLATE, "Pending", 600.0, False),
+    ],
+    ids=["a minute", "less", "bound", "nobody waits", "a class that waits for its first pod"],
+)
+def test_a_class_that_gives_no_shared_volume_is_told_with_the_way_out(
+    template: dict[str, Any], phase: str, waited: float | None, told: bool
+) -> None:
+    cluster = FakeCluster()
+    run = manifest(checkpoint={"volumeClaimTemplate": template})
+    owner = RunObject(run=parse_manifest(run), uid="u")
+    volumes = Volumes(
+        cluster=cluster, run=lambda: owner, settings=SETTINGS, clock=lambda: 1000.0  # type: ignore[arg-type]
+    )  # fmt: skip
+
+    async def main() -> None:
+        await volumes.ensure()
+        claim = cluster.objects[("persistentvolumeclaims", "default", "toy-checkpoints")]
+        cluster.change({**claim, "status": {"phase": phase}}, "persistentvolumeclaims")
+        await volumes.look(None if waited is None else 1000.0 - waited)
+
+    asyncio.run(main())
+
+    assert bool(volumes.trouble) is told
+    if told:
+        assert all(w in volumes.trouble for w in ("toy-checkpoints", "slow", "ReadWriteOnce"))
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "checkpoint", "told"),
+    [(5, None, True), (4, None, False), (5, {"volumeClaimTemplate": RWX}, False),
+     (9, PER_CONFIG, False), (5, {"claimName": "mine"}, False)],
+)  # fmt: skip
+def test_many_jobs_on_one_nodes_volume_deserve_a_word_from_lint_and_operator(
+    parallelism: int, checkpoint: dict[str, Any] | None, told: bool
+) -> None:
+    spec = {"parallelism": parallelism, "budget": {"maxSteps": 60}}
+    run = parse_manifest(manifest(**spec, **({"checkpoint": checkpoint} if checkpoint else {})))
+
+    advice = [fault for fault in check_spec(run) if fault.field == "spec.parallelism"]
+
+    assert bool(one_node_advice(run.spec, SETTINGS.checkpoint_defaults)) is told
+    assert bool(advice) is told
+
+
+def test_a_claim_that_is_going_away_is_waited_for() -> None:
+    """The same name again, soon after `deletionPolicy: Delete`: a pod on it would wait for ever."""
+    cluster = FakeCluster()
+    owner = RunObject(run=parse_manifest(manifest()), uid="u")
+    volumes = Volumes(
+        cluster=cluster, run=lambda: owner, settings=SETTINGS, clock=lambda: 0.0  # type: ignore[arg-type]
+    )  # fmt: skip
+    key = ("persistentvolumeclaims", "default", "toy-checkpoints")
+    leaving = {"name": key[2], "namespace": key[1], "uid": "old", "resourceVersion": "1",
+               "deletionTimestamp": "2026-01-01T00:00:00Z"}  # fmt: skip
+    cluster.objects[key] = {"metadata": leaving}
+
+    assert asyncio.run(volumes.ensure()) is False
+    del cluster.objects[key]
+    assert asyncio.run(volumes.ensure()) is True
 
 
 # --- what the store has lost ----------------------------------------------------------------------
