@@ -165,8 +165,6 @@ class OptimizerView:
     error: str = ""
     fault: str = ""
     """The kind of the error: a reason of the condition `OptimizerHealthy`."""
-    fallback: bool = False
-    """Proposals come from random search until the optimizer is well again."""
     retry_at: float = 0.0
     """When the failed call may be tried again, seconds since 1970."""
 

@@ -77,11 +77,17 @@ def _held(why: str, message: str) -> list[Truth]:
     return found
 
 
-def of_optimizer(view: OptimizerView, *, began: str, version: str) -> Truth | None:
-    """The optimizer's health; `began`: the version that started the run, `version`: ours."""
+def of_optimizer(
+    view: OptimizerView, trouble: tuple[str, str] | None = None, *, began: str, version: str
+) -> Truth | None:
+    """The optimizer's health.
+
+    `trouble`: reason and message of what its workers went through. `began`: the version that
+    started the run, `version`: ours.
+    """
     kind = "OptimizerHealthy"
-    if view.fallback:
-        return Truth(type=kind, status=False, reason="FallbackRandom", message=view.error)
+    if trouble is not None:
+        return Truth(type=kind, status=False, reason=trouble[0], message=trouble[1])
     if view.error:
         return Truth(type=kind, status=False, reason=view.fault or "Failed", message=view.error)
     if not view.loaded:

@@ -97,10 +97,6 @@ class Told:
 class OptimizerLostError(OptimizerError):
     """A worker was lost three times in one call; `reason` is the last loss."""
 
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
 
 class _WorkerLostError(Exception):
     """The worker died, timed out or sent no frame: kill it and replay."""
@@ -285,7 +281,7 @@ class OptimizerClient:
             raise OptimizerLostError(
                 f"the optimizer worker failed {STRIKES} times in {op!r}; "
                 f"its last words: {tail or 'none'}",
-                self.last_loss,
+                reason=self.last_loss,
             )
 
     async def _replay(self) -> None:

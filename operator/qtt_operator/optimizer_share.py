@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from qtt_core.errors import QuickTuneError
-from qtt_core.steps import BudgetView, OptimizerSetup, Proposal, Recommendation
+from qtt_core.steps import BudgetView, OptimizerSetup, Proposal, Recommendation, Why
 from qtt_operator.optimizer_pool import (
     COMMAND,
     Answer,
@@ -34,6 +34,9 @@ T = TypeVar("T")
 
 FALLBACK = "FreezeThawRandom"
 """Needs no model of anything, goes on with configurations it knows, and stops at full fidelity."""
+
+FALLBACK_RULE = "fallback-random"
+"""`why.rule` of a decision that was made in the optimizer's place."""
 
 REST_SECONDS = 600.0
 """How long an optimizer that was lost three times in a row is not tried again."""
@@ -164,9 +167,11 @@ class SharedOptimizer:
     async def ask(self, n: int, budget: BudgetView) -> Answer:
         """At most n proposals of distinct configurations."""
         answer = await self._call(lambda client: client.ask(n, budget))
-        if self._rests:
-            self._share.news.fell_back()
-        return answer
+        if not self._rests:
+            return answer
+        self._share.news.fell_back()
+        honest = (replace(x, why=Why(rule=FALLBACK_RULE)) for x in answer.proposals)
+        return replace(answer, proposals=tuple(honest))
 
     async def recommend(self) -> Recommendation | None:
         """The incumbent, None before the first score."""

@@ -159,10 +159,9 @@ def truths(run: ActiveRun, plan: Plan) -> list[Truth]:
     context, ledger = run.context, run.context.state
     found = [Truth(type="StoreAvailable", status=True, reason="Connected")]
     began = ledger.run.version if ledger.run is not None else ""
-    health = of_optimizer(context.view, began=began, version=context.run.identity.version)
-    if run.optimizer.trouble is not None:
-        reason, message = run.optimizer.trouble
-        health = Truth(type="OptimizerHealthy", status=False, reason=reason, message=message)
+    health = of_optimizer(
+        context.view, run.optimizer.trouble, began=began, version=context.run.identity.version
+    )
     if health is not None:
         found.append(health)
     if plan.held is None and plan.phase is not Phase.SUSPENDED:

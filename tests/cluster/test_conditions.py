@@ -90,13 +90,21 @@ def test_an_end_is_complete_or_failed(reason: str, kind: str, accepted: bool) ->
         (p.OptimizerView(loaded=True, error="late", fault="Timeout"), (False, "Timeout")),
         (p.OptimizerView(error="killed", fault="OutOfMemory"), (False, "OutOfMemory")),
         (p.OptimizerView(error="?"), (False, "Failed")),
-        (p.OptimizerView(error="late", fault="Timeout", fallback=True), (False, "FallbackRandom")),
     ],
 )
 def test_the_optimizers_health(view: p.OptimizerView, expected: tuple[bool, str] | None) -> None:
     truth = of_optimizer(view, began="1", version="1")
 
     assert (None if truth is None else shown([truth])["OptimizerHealthy"]) == expected
+
+
+def test_what_the_workers_went_through_comes_first() -> None:
+    view = p.OptimizerView(loaded=True, error="late", fault="Timeout")
+    truth = of_optimizer(view, ("FallbackRandom", "lost"), began="1", version="2")
+
+    assert truth is not None
+    assert shown([truth]) == {"OptimizerHealthy": (False, "FallbackRandom")}
+    assert truth.message == "lost"
 
 
 def test_a_run_of_an_older_version_goes_on_and_says_so() -> None:

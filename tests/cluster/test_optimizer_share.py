@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from qtt_core.hub import load_hub
-from qtt_core.steps import BudgetView, Observation, OptimizerSetup, Options, Outcome
+from qtt_core.steps import BudgetView, Observation, OptimizerSetup, Options, Outcome, Why
 from qtt_operator import optimizer_pool
 from qtt_operator.optimizer_share import REST_SECONDS, OptimizerShare, SharedOptimizer, ShareNews
 
@@ -125,6 +125,9 @@ def test_an_optimizer_that_dies_again_and_again_gives_way_to_random_proposals_fo
         best = await port.recommend()
         assert best is not None
         assert heard.losses == {"Failed": 3}  # it rests
+
+        stood_in = (await port.ask(1, EVERYTHING)).proposals[0]
+        assert stood_in.why == Why(rule="fallback-random")  # the decision says who made it
 
         clock[0] = REST_SECONDS + 1
         await port.ask(1, EVERYTHING)
