@@ -8,31 +8,23 @@ new is opened; a decision is in the ledger before its job exists.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+from qtt_core.collecting import closing, collect
 from qtt_core.ledger.events import (
-    EVALUATION,
     PREPARE,
     Cancel,
-    Close,
-    Done,
-    Fail,
     Note,
     Open,
-    Prepared,
     Reopen,
-    Retry,
     Run,
-    done_key,
     is_evaluation,
     is_pseudo,
 )
-from qtt_core.ledger.fold import RETRY_NOTE, OpenEntry
+from qtt_core.ledger.fold import RETRY_NOTE
 from qtt_core.limits import (
     PREPARE_TIMEOUT,
-    budget_limits,
     budget_view,
     end_reason,
     entry_of,
@@ -64,14 +56,10 @@ from qtt_core.plan import (
     Cause,
     Commit,
     CreateJob,
-    EmitEvent,
-    Ending,
     Evaluation,
-    Forget,
     Identity,
     JobEnd,
     JobPhase,
-    Kill,
     LoadOptimizer,
     Observed,
     ObservedJob,
@@ -81,21 +69,18 @@ from qtt_core.plan import (
     PlannerInput,
     RecordNote,
     Requeue,
-    ResumeJob,
-    SuspendJob,
     Tell,
     Verdict,
 )
 from qtt_core.retention import was_swept
 from qtt_core.settle import (
-    charged_seconds,
     may_restart,
     memory_factor,
     oom_kills,
     retry_delay,
-    settle,
 )
-from qtt_core.steps import Proposal, canonical_json, decision_hash, digest
+from qtt_core.steering import due, steer
+from qtt_core.steps import Proposal, decision_hash, digest
 from qtt_core.wishes import evaluate, finetune, is_new, note_key
 
 __all__ = [
@@ -115,7 +100,7 @@ __all__ = [
     "step_timeout",
 ]
 
-COMMITS_A_TURN, CREATIONS_A_TURN = 50, 10
+CREATIONS_A_TURN = 10
 """So that a run with a long backlog cannot starve the others."""
 
 PREPARE_SECONDS = 60.0
@@ -127,7 +112,7 @@ AVOID_SECONDS = 3600.0
 
 def decide(i: PlannerInput) -> Plan:
     """The next plan of a run. The same input gives the same plan."""
-    steering: tuple[Action, ...] = tuple(_steer(i))
+    steering: tuple[Action, ...] = tuple(steer(i))
     work: tuple[Action, ...] = ()
     for policy in _POLICIES:
         work = tuple(policy(i))
@@ -168,125 +153,6 @@ def _readopt(i: PlannerInput) -> Iterator[Action]:
                 yield replace(job.opening, event=event)
 
 
-def _collect(i: PlannerInput) -> Iterator[Action]:
-    """Record every end; drop ended jobs the ledger no longer waits for."""
-    ended = [job for job in i.observed.jobs if job.phase is JobPhase.ENDED]
-    for job in ended[:COMMITS_A_TURN]:
-        entry = entry_of(i, job)
-        if entry is not None:
-            yield from _commit(i, entry, job)
-        elif not is_lost(i, job):
-            yield Forget(job=job.name)
-
-
-def _commit(i: PlannerInput, entry: OpenEntry, job: ObservedJob) -> Iterator[Action]:
-    assert job.verdict is not None  # filled by gather for ended jobs
-    assert job.end is not None
-    if job.verdict.kind is Ending.PREPARED:
-        key = done_key(PREPARE, entry.to)
-        yield RecordNote(event=_prepared(i, entry, job.verdict, job.end), key=key)
-    elif job.verdict.kind is Ending.EVALUATED:
-        yield RecordNote(event=_evaluated(entry, job.verdict), key=done_key(entry.c, entry.to))
-    else:
-        event = settle(entry, job.verdict, job.end, i.spec)
-        yield Commit(event=event)
-        yield from _said(event, job.verdict)
-        given_up = entry.c == PREPARE and isinstance(event, Cancel)
-        if given_up or (job.verdict.reason == "bad_data" and not is_evaluation(entry.c)):
-            reason = "BadData" if job.verdict.kind is Ending.BAD_DATA else "TooManyFailedConfigs"
-            yield _closing(i, reason, job.verdict.message)
-    yield Forget(job=job.name)
-
-
-def _evaluated(entry: OpenEntry, verdict: Verdict) -> Note:
-    assert verdict.result is not None
-    scores = canonical_json([dict(score) for score in verdict.result.scores])
-    return Note(what=EVALUATION, new=scores, c=entry.c, to=entry.to, a=entry.attempt)
-
-
-def _said(event: Done | Fail | Retry | Cancel, verdict: Verdict) -> Iterator[Action]:
-    """Ends that a person should hear of: faults of the trainer, evaluations that were given up."""
-    words = {Ending.BAD_JOB: "JobRefused", Ending.BUG: "TrainerFailed"}
-    reason = words.get(verdict.kind)
-    if is_evaluation(event.c) and isinstance(event, Cancel | Fail):
-        reason = "EvaluationFailed"
-    if reason is not None:
-        name = event.c if is_pseudo(event.c) else f"configuration {event.c}"
-        message = f"{name} -> {event.to}: {verdict.reason}: {verdict.message[-300:]}"
-        yield EmitEvent(reason=reason, message=message, warning=True)
-
-
-def _closing(i: PlannerInput, reason: str, message: str) -> RecordNote:
-    event = Close(reason=reason, msg=message, budget=budget_limits(i.spec.budget))
-    return RecordNote(event=event, key=f"close-{i.ledger.last_id}")
-
-
-def _prepared(i: PlannerInput, entry: OpenEntry, verdict: Verdict, end: JobEnd) -> Prepared:
-    assert verdict.result is not None
-    assert verdict.result.prepared is not None
-    facts = verdict.result.prepared
-    return Prepared(
-        to=entry.to, a=entry.attempt, fingerprint=facts["fingerprint"],
-        n_train=facts["n_train"], n_val=facts["n_val"], classes=facts["classes"],
-        metafeatures={**facts["metafeatures"], **i.spec.dataset.metafeatures},
-        excluded=facts.get("excluded", {}), missing_weights=tuple(facts.get("missing_weights", ())),
-        digest=facts.get("digest", ""), warnings=verdict.result.warnings,
-        dev=charged_seconds(end, i.spec),
-    )  # fmt: skip
-
-
-def _steer(i: PlannerInput) -> Iterator[Action]:
-    """End jobs nobody waits for, that outlive their limit, or that the user stopped.
-
-    The trainer's own limit comes a grace period earlier than ours.
-    """
-    idle = i.spec.suspend or end_reason(i) is not None
-    for job in i.observed.jobs:
-        if job.phase is JobPhase.ENDED:
-            continue
-        entry = entry_of(i, job)
-        if entry is not None:
-            yield from _steered(i, entry, job, idle=idle)
-        elif not is_lost(i, job):
-            yield Kill(job=job.name, reason=Cause.STOPPED)
-
-
-def _steered(
-    i: PlannerInput, entry: OpenEntry, job: ObservedJob, *, idle: bool
-) -> Iterator[Action]:
-    """What has not started when a run ends or is suspended does not: a queue may last for days.
-
-    An evaluation may outlive its run. Eviction puts jobs aside; not those of a queue, which would
-    let them run again at once.
-    """
-    running = job.phase is JobPhase.RUNNING
-    if not is_evaluation(entry.c) or i.spec.suspend:
-        evict = i.spec.suspend and i.spec.suspend_policy == "Evict"
-        if i.spec.stop or (evict and i.spec.queue_name):
-            yield Kill(job=job.name, reason=Cause.STOPPED)
-            return
-        if evict and (job.put_aside or job.phase is not JobPhase.QUEUED):
-            if not job.put_aside:
-                yield SuspendJob(job=job.name)
-            return
-        if idle and not running:
-            yield Kill(job=job.name, reason=Cause.STOPPED)
-            return
-    if job.put_aside:
-        yield ResumeJob(job=job.name)
-    elif i.now > _due(i, entry, job):
-        yield Kill(job=job.name, reason=Cause.DEADLINE if running else Cause.PENDING)
-
-
-def _due(i: PlannerInput, entry: OpenEntry, job: ObservedJob) -> float:
-    """When a job has run, or failed to start, for too long. A queue has no limit."""
-    if job.phase is JobPhase.RUNNING and job.started_at is not None:
-        return job.started_at + step_timeout(i, entry.c, entry.reserved)
-    if job.phase is JobPhase.PENDING and job.pending_since is not None:
-        return job.pending_since + i.spec.failure_policy.pending_timeout
-    return math.inf
-
-
 def _reopen(i: PlannerInput) -> Iterator[Action]:
     """Go on with a closed run: its budget was raised, or a person asked to try again."""
     reason = may_reopen(i)
@@ -310,7 +176,7 @@ def _close(i: PlannerInput) -> Iterator[Action]:
             cancel = Cancel(c=entry.c, to=entry.to, a=entry.attempt, reason=Cause.STOPPED)
             yield Commit(event=cancel)
     if reason is not None and not (closed or waiting):
-        yield _closing(i, *reason)
+        yield closing(i, *reason)
 
 
 def _recreate(i: PlannerInput) -> Iterator[Action]:
@@ -441,14 +307,14 @@ def _next_deadline(i: PlannerInput) -> float:
     for job in i.observed.jobs:
         waited = entry_of(i, job)
         if waited is not None and job.phase is not JobPhase.ENDED:
-            waits.append(_due(i, waited, job) - i.now + 0.5)
+            waits.append(due(i, waited, job) - i.now + 0.5)
     if i.spec.budget.max_wallclock is not None:
         waits.append(wallclock_left(i))
     return max(0.05, min(wait for wait in waits if wait > 0))
 
 
 _POLICIES = (
-    _start, _readopt, _collect, _retry, evaluate, finetune, _reopen, _close, _recreate,
+    _start, _readopt, collect, _retry, evaluate, finetune, _reopen, _close, _recreate,
     _prepare, _open, _ask,
 )  # fmt: skip
 """In the order they are tried; the first that has work makes the plan."""
