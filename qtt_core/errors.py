@@ -111,7 +111,7 @@ class StoreError(QuickTuneError):
 class StoreUnavailableError(StoreError):
     """Redis cannot be used; nothing was lost, a retry helps. `reason`: of `StoreAvailable`."""
 
-    def __init__(self, message: str, *, reason: str = "Unreachable") -> None:
+    def __init__(self, message: str = "", *, reason: str = "Unreachable") -> None:
         self.reason = reason
         super().__init__(message)
 
@@ -126,7 +126,7 @@ class OptimizerError(QuickTuneError):
     `reason`: of the condition `OptimizerHealthy`: Timeout, OutOfMemory or Failed.
     """
 
-    def __init__(self, message: str, *, reason: str = "Failed") -> None:
+    def __init__(self, message: str = "", *, reason: str = "Failed") -> None:
         self.reason = reason
         super().__init__(message)
 
