@@ -29,3 +29,11 @@ def test_a_linters_setting_installs_nothing_anew(root):
     assert "[tool.hatch.build.targets.wheel]" in kept
     assert "[project" not in cut
     assert "[tool.hatch" not in cut
+
+
+def test_our_code_reaches_an_image_by_copy(root):
+    """Buildah 1.28 does not look into what `RUN --mount` mounts: it would keep an older wheel."""
+    for folder in ("operator", "trainer_image"):
+        text = (root / folder / "Dockerfile").read_text()
+        assert "--mount" not in text
+        assert "COPY --from=wheel" in text
