@@ -358,17 +358,25 @@ CHECKPOINT = section(
         "volumeClaimTemplate": _CLAIM_TEMPLATE,
         "scope": choice(
             "Run: one volume for all configurations. Config: one claim for each configuration, "
-            "which needs volumeClaimTemplate.",
+            "<run>-c<id>-<5 digits>, made at its first step and deleted once it is closed and "
+            "nothing in it is kept; needs volumeClaimTemplate.",
             "Run",
             "Config",
             default="Run",
             fixed=True,
             reach=CLUSTER,
         ),
-        "maxVolumes": integer("Most claims at once with scope Config.", 1, 10_000, reach=CLUSTER),
+        "maxVolumes": integer(
+            "Most claims at once with scope Config. At the limit the least promising configuration "
+            "gives its claim up; continued later, it is trained from the beginning.",
+            1,
+            10_000,
+            reach=CLUSTER,
+        ),
         "retention": choice(
             "Which checkpoints stay: the best, the best topK, all or none; those that a running "
-            "search may still need always do.",
+            "search may still need always do. On a cluster a Job deletes the others before the "
+            "run is Complete; a run that is to go on later needs All, or trains them again.",
             "Incumbent",
             "TopK",
             "All",
@@ -469,7 +477,9 @@ SPEC = section(
         "workloadPriorityClass": text("Kueue's priority class.", low=0, reach=CLUSTER),
         "template": TEMPLATE,
         "deletionPolicy": choice(
-            "What happens to checkpoints and ledger when the object is deleted.",
+            "What happens to checkpoints and ledger when the object is deleted. Retain: the claims "
+            "stay, the ledger for 30 days. Delete: both go, of a claim that you named the run's "
+            "folder.",
             "Retain",
             "Delete",
             default="Retain",

@@ -93,7 +93,7 @@ def unavailable(claim: Object) -> str:
     return (
         f"claim {name} asks {of_class} for ReadWriteMany and is still Pending; name a class that "
         "has it, or use accessModes [ReadWriteOnce]: all Jobs on one node, or with scope Config "
-        "one claim a configuration (kubectl describe pvc " + name + ")"
+        f"one claim a configuration (kubectl describe pvc {name})"
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import secrets
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from qtt_core.errors import DataError
@@ -18,10 +17,10 @@ from qtt_core.plan import Identity
 from qtt_core.spec import API_VERSION, KIND, parse_manifest
 from qtt_operator.devices import count_cores, count_cuda, default_devices, make_slots, parse_devices
 from qtt_operator.documents import Places, RunContents, evaluate_document
-from qtt_operator.evaluation import Scores, evaluate
+from qtt_operator.evaluation import evaluate
 from qtt_operator.local_backend import LocalBackend
 from qtt_operator.record import RunRecord
-from qtt_operator.report import Row
+from qtt_operator.report import Row, with_test
 
 
 async def score_on(
@@ -41,16 +40,6 @@ async def score_on(
         finally:
             await backend.close()
     return with_test(rows, scores, record.metric.name)
-
-
-def with_test(rows: Sequence[Row], scores: Scores, metric: str) -> list[Row]:
-    """Rows with the metric's value from an evaluation, where there is one."""
-    return [
-        replace(row, test=float(found[metric]))
-        if (found := scores.get((row.config_id, row.fidelity))) is not None
-        else row
-        for row in rows
-    ]
 
 
 def document_for(run: RunContents, record: RunRecord, *, split: str, data: Path) -> JobDocument:

@@ -6,12 +6,13 @@ ledger give the same rows. Scores become the metric's own value here, for displa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qtt_core.history import ConfigHistory, Standing, histories
-from qtt_core.ledger.events import Done, Event, Open, is_pseudo
+from qtt_core.ledger.events import EVALUATION, Done, Event, Note, Open, is_pseudo
 from qtt_core.steps import METRICS, Config, Metric, Why
 from qtt_operator.names import checkpoint_folder
 
@@ -22,6 +23,10 @@ KEY_SETTINGS = (
 """Shown after model, optimizer and learning rate, in this order, where they are not off."""
 
 OFF = frozenset({"none", "0", "0.0", "False", "None", ""})
+
+
+Scores = Mapping[tuple[int, int], Mapping[str, Any]]
+"""(config id, epoch) -> n and every metric's value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +98,26 @@ def checkpoints(events: Iterable[Event]) -> dict[int, list[Checkpoint]]:
                     sha256=event.ck, size_bytes=event.bytes,
                 )
             )  # fmt: skip
+    return found
+
+
+def with_test(rows: Sequence[Row], scores: Scores, metric: str) -> list[Row]:
+    """Rows with the metric's value from an evaluation, where there is one."""
+    return [
+        replace(row, test=float(found[metric]))
+        if (found := scores.get((row.config_id, row.fidelity))) is not None
+        else row
+        for row in rows
+    ]
+
+
+def evaluated(events: Iterable[Event]) -> Scores:
+    """Scores on held-out images that Jobs of a cluster measured, the newest of each checkpoint."""
+    found: dict[tuple[int, int], Mapping[str, Any]] = {}
+    for event in events:
+        if isinstance(event, Note) and event.what == EVALUATION:
+            for row in json.loads(event.new):
+                found[int(row["config_id"]), int(row["fidelity"])] = row
     return found
 
 

@@ -23,13 +23,12 @@ from qtt_core.errors import DataError, VolumeError
 from qtt_operator.cli import Outcome
 from qtt_operator.documents import evaluate_document
 from qtt_operator.evaluation import EvaluationError, evaluate, read_kept
-from qtt_operator.held_out import with_test
 from qtt_operator.live import LiveView, clock
 from qtt_operator.local import Finished, View, run_local
 from qtt_operator.local_setup import LocalOptions
 from qtt_operator.local_start import run_dir
 from qtt_operator.output import render
-from qtt_operator.report import Checkpoint, Row, leaderboard, shown, why_it_won
+from qtt_operator.report import Checkpoint, Row, leaderboard, shown, why_it_won, with_test
 from qtt_operator.run_folder import parse_mounts, write_atomically
 from qtt_operator.snapshot import Snapshot
 from qtt_operator.tables import leaderboard_columns

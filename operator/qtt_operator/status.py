@@ -19,6 +19,7 @@ from qtt_core.spec import RunSpec
 from qtt_core.steps import Metric, Recommendation
 from qtt_operator.conditions import Truth, of_run
 from qtt_operator.names import checkpoint_folder
+from qtt_operator.report import evaluated
 from qtt_operator.status_schema import MESSAGE_LENGTH, TOP
 
 Condition = dict[str, Any]
@@ -71,7 +72,8 @@ def build_status(
     if ledger.closed is not None:
         status["completionTime"] = _time(ledger.closed.time)
     if recommendation is not None:
-        status["best"] = _best(recommendation, histories, spec.metric)
+        scores = evaluated(ledger.notes)
+        status["best"] = _best(recommendation, histories, spec.metric, scores)
     return status
 
 
@@ -105,17 +107,22 @@ def _trial(history: ConfigHistory, metric: Metric) -> dict[str, Any]:
 
 
 def _best(
-    recommendation: Recommendation, histories: Mapping[int, ConfigHistory], metric: Metric
+    recommendation: Recommendation,
+    histories: Mapping[int, ConfigHistory],
+    metric: Metric,
+    scores: Mapping[tuple[int, int], Mapping[str, Any]],
 ) -> dict[str, Any]:
     history = histories[recommendation.config_id]
+    epoch = recommended(history, recommendation) or history.checkpoint_epoch
     best = {
         "score": shown(recommendation.score, metric),
         "observedScore": shown(recommendation.best_observed.score, metric),
         "fidelity": recommendation.fidelity,
-        "checkpoint": checkpoint_folder(
-            str(history.config_id), recommended(history, recommendation) or history.checkpoint_epoch
-        ),
+        "checkpoint": checkpoint_folder(str(history.config_id), epoch),
     }
+    tested = scores.get((history.config_id, epoch))
+    if tested is not None:
+        best["testScore"] = f"{float(tested[metric.name]):.4f}"
     ended = {"time": _time(history.ended_at)} if history.ended_at else {}
     return _trial(history, metric) | best | ended
 

@@ -112,6 +112,7 @@ STATUS = section(
                 **_TRIAL,
                 "score": _word("Its expected score, in the metric's unit."),
                 "observedScore": _word("The best score that was seen, of any configuration."),
+                "testScore": _word("Its score on held-out images, where one was measured."),
                 "checkpoint": _word("Folder of its checkpoint below the run's.", 512),
                 "time": _time("When its last step ended."),
             },

@@ -21,7 +21,7 @@ from qtt_operator.cli import Outcome
 from qtt_operator.exits import COMPLETE, USAGE
 from qtt_operator.output import Column, render, render_one
 from qtt_operator.record import RunRecord, read_record, read_status
-from qtt_operator.report import Row
+from qtt_operator.report import Row, evaluated, with_test
 from qtt_operator.run_folder import RunFolder, find_run, parse_mounts
 from qtt_operator.tables import leaderboard_columns, statistics_columns, status_columns
 
@@ -55,6 +55,7 @@ def leaderboard(arguments: argparse.Namespace) -> Outcome:
     """`qtt leaderboard RUN [--test DIR]`."""
     record = _record(arguments)
     rows = record.leaderboard(arguments.top)
+    rows = with_test(rows, evaluated(record.events), record.metric.name)
     if arguments.test is not None and rows:
         from qtt_operator.held_out import score_on
 

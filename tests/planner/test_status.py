@@ -8,7 +8,7 @@ from typing import Any
 
 from qtt_core import plan as p
 from qtt_core.history import ConfigHistory, Standing
-from qtt_core.ledger.events import Close, Run
+from qtt_core.ledger.events import Close, Note, Run
 from qtt_core.ledger.fold import LedgerState
 from qtt_core.spec import Budget, Dataset, Objective, RunSpec
 from qtt_core.steps import Best, Recommendation
@@ -45,6 +45,23 @@ def make_status(**changes: Any) -> dict[str, Any]:
 
 def conditions(status: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return {c["type"]: (c["status"], c["reason"]) for c in status["conditions"]}
+
+
+def test_a_score_on_held_out_images_stands_beside_the_best() -> None:
+    best = Recommendation(
+        config_id=1, fidelity=2, score=0.69, n_val=9,
+        best_observed=Best(config_id=1, fidelity=2, score=0.7),
+    )  # fmt: skip
+    rows = [{"config_id": 1, "fidelity": 2, "n": 9, "top1": 0.625, "log_loss": 1.5}]
+    note = Note(what="evaluation", c="eval-1", new=json.dumps(rows))
+    other = Note(what="evaluation", c="eval-2", new=json.dumps([{**rows[0], "fidelity": 1}]))
+    ledger = LedgerState(last_id="3-0", run=RUN, notes=(note, other))
+
+    tested = make_status(ledger=ledger, recommendation=best)["best"]
+    untested = make_status(recommendation=best)["best"]
+
+    assert tested["testScore"] == "0.6250"
+    assert "testScore" not in untested
 
 
 def test_counters_and_ranking_come_from_the_ledger() -> None:
