@@ -594,7 +594,7 @@ def test_a_store_that_lost_what_no_job_knows_holds_the_run_until_a_person_says_g
             assert second.condition("StoreAvailable")["reason"] == "DataRegressed"
             assert steps_of(second) >= 4  # what was counted is not forgotten in silence
             await asyncio.sleep(0.1)
-            assert not cluster.jobs()
+            assert not decided(cluster)
             note = {"metadata": {"annotations": {"quicktune.dev/retry": "yes"}}}
             await cluster.patch(RUNS, "default", "toy", note)
             await complete(cluster, second)
