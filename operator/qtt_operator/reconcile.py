@@ -176,6 +176,7 @@ class Reconciler:
         except LedgerError as error:
             result = "ledger"
             if run is not None:  # what this process remembers may be what is wrong: read anew
+                log.warning("%s/%s: %s; reading it anew", *key, error)
                 await self._drop(run)
                 return 0.0
             log.error("%s/%s: %s", *key, error)
@@ -208,10 +209,6 @@ class Reconciler:
         elif run.generation != found["metadata"]["generation"]:
             apply_spec(run, found, self._settings)
             await self._introduce(run, found)
-        if not await run.ledger.holds(run.context.state.last_id):
-            log.warning("%s/%s: the store has lost events; reading it anew", *key)
-            await self._drop(run)
-            return 0.0
         if run.rejected:
             await check_pod(run)
         if run.rejected:

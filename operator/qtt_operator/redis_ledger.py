@@ -90,26 +90,25 @@ class RedisLedger:
     async def read(self, after: str = "0-0") -> list[Event]:
         """Events behind a stream id, in order, fetched page by page.
 
+        The event of that id is read again: if it is gone, the store came back without its newest
+        writes, and what followed from them is no longer true.
+
         Raises: StoreUnavailableError, LedgerError, NewerSchemaError.
         """
         events: list[Event] = []
+        start, seen = after, after == "0-0"
         while True:
             with self._asking("read"):
-                page: Any = await self.client.xrange(self.key("log"), min=f"({after}", count=PAGE)
+                page: Any = await self.client.xrange(self.key("log"), min=start, count=PAGE)
+            size = len(page)
+            if not seen:
+                if not page or page[0][0] != after:
+                    raise LedgerError(f"the store has lost event {after} and what came with it")
+                page, seen = page[1:], True
             events += [from_fields(stream_id, wire) for stream_id, wire in page]
-            if len(page) < PAGE:
+            if size < PAGE:
                 return events
-            after = page[-1][0]
-
-    async def holds(self, stream_id: str) -> bool:
-        """Whether an event is still there; a store that lost its tail has forgotten it."""
-        if stream_id == "0-0":
-            return True
-        with self._asking("holds"):
-            found: Any = await self.client.xrange(
-                self.key("log"), min=stream_id, max=stream_id, count=1
-            )
-        return bool(found)
+            start = f"({page[-1][0]}"
 
     async def noted(self, keys: Sequence[str]) -> bool:
         """Whether all of these deduplication keys have been used."""

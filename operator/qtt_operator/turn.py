@@ -56,7 +56,7 @@ class Ledger(Protocol):
     """
 
     async def read(self, after: str = "0-0") -> list[Event]:
-        """Events behind a stream id, in order."""
+        """Events behind a stream id, in order. Raises: LedgerError if that event is gone."""
 
     async def configs(self) -> dict[str, Config]:
         """Config id -> canonical configuration of every opened configuration."""
@@ -317,8 +317,8 @@ async def _open(context: RunContext, action: p.OpenStep) -> bool:
     if event.c.isdigit():
         kept = tuple(x for x in context.view.proposals if str(x.config_id) != event.c)
         context.view = replace(context.view, proposals=kept)
+        context.answered_at = ""  # taken: an answer with nothing left is no last word
     if not _accepted(reply, event):
-        context.answered_at = ""
         return False
     if action.config is not None:
         context.configs[event.c] = action.config

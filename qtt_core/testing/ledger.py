@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
+from qtt_core.errors import LedgerError
 from qtt_core.ledger.events import (
     EVALUATION,
     Cancel,
@@ -92,8 +93,10 @@ class MemoryLedger:
         return MemoryLedger(epoch=epoch, store=self.store, clock=self.clock)
 
     async def read(self, after: str = "0-0") -> list[Event]:
-        """Events behind a stream id, in order."""
+        """Events behind a stream id, in order. Raises: LedgerError if that event is gone."""
         start = _order(after)
+        if after != "0-0" and after not in (i for i, _ in self.store.log):
+            raise LedgerError(f"the store has lost event {after} and what came with it")
         return [from_fields(i, wire) for i, wire in self.store.log if _order(i) > start]
 
     async def configs(self) -> dict[str, Config]:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from qtt_core.errors import LedgerError
 from qtt_core.ledger.events import (
     Cancel,
     Close,
@@ -494,6 +495,23 @@ class LedgerContract:
                 assert await ledger.read(events[cut].id) == events[cut + 1 :]
             assert len(events) == 51
             assert fold(events).steps == 25
+
+        self.play(scenario)
+
+    def test_an_event_that_is_gone_is_not_read_over(self) -> None:
+        """A store that came back without its newest writes has taken others since."""
+
+        async def scenario(writer: Writer) -> None:
+            ledger = await started(writer)
+            last = (await ledger.read())[-1].id
+            lost = f"{int(last.partition('-')[0]) - 1}-7"
+
+            said = ""
+            try:
+                await ledger.read(lost)
+            except LedgerError as error:
+                said = str(error)
+            assert lost in said
 
         self.play(scenario)
 

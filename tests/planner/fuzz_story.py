@@ -7,10 +7,11 @@ the world is calm and the run has to end by itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import random
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from qtt_core import plan as p
@@ -124,6 +125,11 @@ class Story:
         except StoreUnavailableError:
             self.facts["store away"] += 1
             return None
+        except LedgerError:
+            if not world.has_forgotten:
+                raise
+            await self._die("read anew")
+            return None
         except CrashError:
             await self._die("crash")
             return None
@@ -193,7 +199,8 @@ class Story:
         old, plan = self.context, None
         if self.rng.random() < 0.7:
             self.world.fuse = 0
-            plan = decide(await gather(old))
+            with contextlib.suppress(*[LedgerError] * self.world.has_forgotten):
+                plan = decide(await gather(old))
         self.zombie = (old, plan)
         await self.begin()
 
@@ -210,6 +217,8 @@ class Story:
         except StaleEpochError:
             self.facts["stale writer stopped"] += 1
             stopped = True
+        except LedgerError:
+            stopped = self.world.has_forgotten
         if plan is not None and any(isinstance(a, WRITES) for a in plan.actions) and not stopped:
             self.world.broken.append("a leader that was replaced was refused and went on")
         if len(self.world.store.log) != before:
@@ -221,12 +230,14 @@ class Story:
         if self.kept is None or self.kept[1] != self.world.forgotten:
             self.kept = (copy.deepcopy(self.world.store), self.world.forgotten)
             return
-        (store, _), self.kept = self.kept, None
-        lost = len(self.world.store.log) - len(store.log)
-        self.world.store, self.world.has_forgotten = store, True
-        self.facts["events lost"] += lost
-        store.epoch = max(store.epoch, self.epoch)
-        await self._die("restart")
+        (kept, _), self.kept = self.kept, None
+        store = self.world.store
+        self.facts["events lost"] += len(store.log) - len(kept.log)
+        kept.epoch, self.world.has_forgotten = store.epoch, True
+        for item in fields(kept):
+            setattr(store, item.name, getattr(kept, item.name))
+        if self.rng.random() < 0.5:
+            await self._die("restart")
 
     async def edited(self) -> None:
         """A person changes their mind."""

@@ -319,10 +319,10 @@ class Frail:
         async def call(*args: Any, **kwargs: Any) -> Any:
             world.fuse -= 1
             if world.fuse == 0 and world.rng.random() < 0.5:
-                raise world.fault
+                raise world.fault("injected")
             result = await method(*args, **kwargs)
             if world.fuse == 0:
-                raise world.fault
+                raise world.fault("injected")
             return result
 
         return call
