@@ -124,11 +124,12 @@ class Testbed:
     def restart(self, program: str, *, kill: str = "KILL", after: float = 0.0) -> None:
         """End (or with STOP freeze) a program, let it run again; returns when it serves."""
         words = ["restart", program, "--signal", kill, "--after", str(after)]
-        command(str(CLUSTER_SCRIPT), *words)
+        command(str(CLUSTER_SCRIPT), *words, "--dir", str(self.folder))
 
     def kill(self, program: str, *, kill: str = "KILL") -> None:
         """Signal a program and leave it at that; `restart` brings it back or thaws it."""
-        command(str(CLUSTER_SCRIPT), "kill", program, "--signal", kill)
+        words = ["kill", program, "--signal", kill]
+        command(str(CLUSTER_SCRIPT), *words, "--dir", str(self.folder))
 
     @contextmanager
     def frozen(self, program: str) -> Iterator[None]:
