@@ -8,6 +8,7 @@ run through Jobs decides exactly like a run in one process; how long it really t
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -86,7 +87,14 @@ def main(arguments: list[str] | None = None) -> int:
     time.sleep(float(os.environ.get("QTT_SLEEP", "0")) * epochs)
     run = Path(document.paths.root) / "runs" / document.run_uid
     volume = Volume(path=run / f"simulated-{max(document.config_id, 0)}.json").load()
-    result = result_of(command, document, volume)
+    try:
+        result = result_of(command, document, volume)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        result = StepResult(
+            attempt=document.attempt, nonce=document.nonce, state=State.DISK_FULL, reason=str(error)
+        )
     _say(result)
     return EXIT_CODES[result.state]
 
