@@ -162,7 +162,7 @@ def test_the_pods_script_makes_the_user_from_the_mounted_password(
     assert words[words.index("--appendfsync") + 1] == "always"
     assert words[words.index("--appendonly") + 1] == "yes"
     assert words[words.index("--maxmemory-policy") + 1] == "noeviction"
-    assert default == "user default off resetpass"
+    assert default == "user default off resetpass ~* &* +@all"
     assert PASSWORD not in ours
 
     async def made_the_same(client: Redis) -> None:
