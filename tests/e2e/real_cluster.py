@@ -124,12 +124,11 @@ class Testbed:
     def restart(self, program: str, *, kill: str = "KILL", after: float = 0.0) -> None:
         """End (or with STOP freeze) a program, let it run again; returns when it serves."""
         words = ["restart", program, "--signal", kill, "--after", str(after)]
-        command(str(CLUSTER_SCRIPT), *words, "--dir", str(self.folder))
+        command(str(CLUSTER_SCRIPT), *words)
 
     def kill(self, program: str, *, kill: str = "KILL") -> None:
         """Signal a program and leave it at that; `restart` brings it back or thaws it."""
-        words = ["kill", program, "--signal", kill]
-        command(str(CLUSTER_SCRIPT), *words, "--dir", str(self.folder))
+        command(str(CLUSTER_SCRIPT), "kill", program, "--signal", kill)
 
     @contextmanager
     def frozen(self, program: str) -> Iterator[None]:
