@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import subprocess
+import tempfile
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +17,11 @@ from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 from value_sets import Object, one
 
-from qtt_core.testing.ledger_contract import LedgerContract, Writer
+from qtt_core.ledger.fold import fold
+from qtt_core.testing.ledger_contract import LedgerContract, Writer, started, step
 from qtt_operator import redis_client, redis_ledger
 from qtt_operator.redis_ledger import RedisLedger
+from qtt_operator.redis_server import server_binary
 from qtt_operator.store import EmbeddedStore
 
 Render = Callable[..., list[Object]]
@@ -189,3 +193,53 @@ def test_a_given_secret_takes_the_place_of_the_generated_one(render: Render) -> 
         (secret,) = (v["secret"] for v in volumes if "secret" in v)
         assert secret["secretName"] == "mine"
         assert secret["items"] == [{"key": "pw", "path": "password"}]
+
+
+@contextmanager
+def redis_of_the_pod(render: Render, folder: Path) -> Iterator[Redis]:
+    """A real server started by the pod's own script, its folders here; killed at the end."""
+    objects = render("default")
+    pod = one(objects, "StatefulSet", "quicktune-operator-redis")["spec"]["template"]["spec"]
+    script = pod["containers"][0]["args"][0]
+    for name in ("/etc/quicktune", "/run/quicktune", "/data"):
+        script = script.replace(name, f"{folder}{name}")
+        Path(f"{folder}{name}").mkdir(parents=True, exist_ok=True)
+    (folder / "etc/quicktune/redis").mkdir(exist_ok=True)
+    (folder / "etc/quicktune/redis/password").write_text(PASSWORD)
+    socket = folder / "s"
+    socket.unlink(missing_ok=True)
+    server = f"{server_binary()} --port 0 --unixsocket {socket}"
+    script = script.replace("exec redis-server", f"exec {server}")
+    process = subprocess.Popen(["sh", "-ec", script], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not socket.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    try:
+        yield Redis(
+            unix_socket_path=str(socket), username="quicktune", password=PASSWORD,
+            decode_responses=True,
+        )  # fmt: skip
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_what_the_user_wrote_is_there_after_the_server_was_killed(render: Render) -> None:
+    """Redis 8.0 reads its file as the default user, whose rights it checks; 6.2 does not yet."""
+
+    async def write(client: Redis) -> None:
+        await step(await started(lambda epoch: RedisLedger(client, "u", epoch)), "3", 0, 1)
+        await client.aclose()
+
+    async def read(client: Redis) -> int:
+        found = fold(await RedisLedger.reader(client, "u").read()).steps
+        await client.aclose()
+        return found
+
+    with tempfile.TemporaryDirectory() as name:  # a socket's path may be no longer than 107 bytes
+        with redis_of_the_pod(render, Path(name)) as client:
+            asyncio.run(write(client))
+        with redis_of_the_pod(render, Path(name)) as client:
+            assert asyncio.run(read(client)) == 1
