@@ -27,7 +27,7 @@ from qtt_operator.documents import job_document
 from qtt_operator.informer import run_uid
 from qtt_operator.lost_results import RECOVERY_NOTE, is_exhausted, known_heads, recovered
 from qtt_operator.manifests import build_job
-from qtt_operator.names import COMPONENT_LABEL, TRAINER
+from qtt_operator.names import COMPONENT_LABEL, CONFIG_LABEL, TRAINER
 from qtt_operator.pods import JobRequest
 from qtt_operator.settings import OperatorSettings
 
@@ -173,6 +173,7 @@ class Upkeep:
             key = chores.chore_name(run.key[1], "garbage", number)
             await self._note(run, key, new=json.dumps([f"c{c}" for c in useless]))
             for c in useless:
+                await self._delete_jobs(run, c)
                 await volumes.drop(c)
             return 0.0
         if not over:
@@ -183,6 +184,19 @@ class Upkeep:
             if paths:
                 return await self._start(run, paths, volume=c)
         return None
+
+    async def _delete_jobs(self, run: ActiveRun, c: str) -> None:
+        """Delete a configuration's recorded Jobs: a claim stays as long as a pod object names it.
+
+        Measured: ended pods count, so that the claim would stay for the Jobs' time to live.
+        """
+        for job in self.copies.jobs.of_run(run.uid):
+            metadata = job["metadata"]
+            mine = (metadata.get("labels") or {}).get(CONFIG_LABEL) == c
+            if mine and is_recorded(job) and not job_ends.is_deleting(job):
+                await self.cluster.delete(
+                    JOBS, run.key[0], metadata["name"], uid=metadata["uid"], foreground=False
+                )
 
     # --- one Job ------------------------------------------------------------------------------
 

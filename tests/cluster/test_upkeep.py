@@ -203,6 +203,8 @@ def test_every_configuration_has_a_claim_of_its_own_while_it_may_go_on(
     uid, best = run["metadata"]["uid"], run["status"]["best"]
     mine = config_claim("toy", str(best["configID"]), uid)
     assert claims(cluster) == {mine}
+    jobs = {j["metadata"]["labels"].get("quicktune.dev/config") for j in cluster.jobs()}
+    assert jobs <= {str(best["configID"]), "prepare", None}  # a pod object holds its claim
     assert checkpoints(disks, mine, uid) == {best["checkpoint"]}
     for command, mounts in disks.mounted:
         seen = {path: claim for path, claim in mounts.items() if claim}
