@@ -15,7 +15,7 @@ INSTALL := -c constraints.txt -c constraints-torch.txt -e '.[local,operator,dev]
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check check-chart crds slow bench clean FORCE
+.PHONY: help venv demo test check check-chart crds slow bench bench-cluster clean FORCE
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -89,6 +89,12 @@ bench: venv ## the figures of the README: the demo's limits, our overhead, Quick
 	@$(PY) benchmarks/overhead.py
 	@$(PY) benchmarks/cold_step.py
 	@$(PY) benchmarks/quicktune_vs_random.py
+
+bench-cluster: venv ## the figures of the operator, on fake nodes; needs Linux, root and Go
+	@$(PY) tests/testbed/machine.py
+	@$(PY) benchmarks/cluster_throughput.py
+	@$(PY) benchmarks/cluster_scale.py
+	@$(PY) benchmarks/cluster_failover.py
 
 clean: ## remove what the other targets made
 	@rm -rf $(VENV) .quicktune/digits examples/digits/digits benchmarks/out build dist *.egg-info \

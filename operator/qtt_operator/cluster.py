@@ -221,7 +221,7 @@ class Cluster:
             self.observer(verb or method, resource.plural, str(response.status), seconds)
             wait = response.getheader("Retry-After")
             if response.status in {429, 503} and wait and attempt + 1 < ATTEMPTS:
-                await asyncio.sleep(min(10.0, float(wait)))
+                await asyncio.sleep(_patience(wait))
                 continue
             break
         if response.status >= 400:
@@ -253,6 +253,14 @@ class Cluster:
             return await self._api.rest_client.request(  # type: ignore[no-untyped-call]
                 method, url, headers=headers, body=body, _request_timeout=timeout
             )
+
+
+def _patience(wait: str) -> float:
+    """Seconds of a Retry-After header, which may also be a date; at most ten."""
+    try:
+        return min(10.0, max(0.0, float(wait)))
+    except ValueError:
+        return 1.0
 
 
 @contextlib.contextmanager

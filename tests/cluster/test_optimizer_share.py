@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import pytest
+
 from qtt_core.hub import load_hub
 from qtt_core.steps import BudgetView, Observation, OptimizerSetup, Options, Outcome, Why
 from qtt_operator import optimizer_pool
@@ -108,6 +110,7 @@ def test_runs_that_share_a_worker_each_get_what_they_were_told() -> None:
     play(scenario)
 
 
+@pytest.mark.slow  # six workers are started, each imports torch
 def test_an_optimizer_that_dies_again_and_again_gives_way_to_random_proposals_for_a_while() -> None:
     clock = [0.0]
 
