@@ -9,11 +9,15 @@ replay.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
@@ -22,27 +26,68 @@ from qtt_core.errors import Fault, OptimizerError, QuickTuneError, SpecError
 from qtt_core.fields import raise_faults
 from qtt_core.optimizer import Optimizer, build, setup_space
 from qtt_core.space import SearchSpace
-from qtt_core.steps import BudgetView, OptimizerSetup, Proposal, event_from_json
+from qtt_core.steps import (
+    BudgetView,
+    OptimizerSetup,
+    Proposal,
+    canonical_json,
+    event_from_json,
+)
 from qtt_operator.optimizer_wire import encode, error_to_json, read
 
 PR_SET_PDEATHSIG = 1
 START = "0-0"
 """Position before the first event."""
 
+KEPT = 128
+"""Optimizers that one process remembers; each takes a few MiB."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """An optimizer, and a digest of everything it was fed, in order."""
+
+    optimizer: Optimizer
+    position: str = START
+    count: int = 0
+    fed: str = ""
+
+    def feed(self, events: Sequence[Sequence[Any]]) -> None:
+        """Feed [stream id, event] pairs; a failure leaves it half-fed: drop it then."""
+        for position, raw in events:
+            if _order(position) <= _order(self.position):
+                raise OptimizerError(f"event {position} comes after {self.position}; ids must grow")
+            self.optimizer.feed(event_from_json(raw))
+            self.position, self.count = position, self.count + 1
+            self.fed = _chained(self.fed, position, raw)
+
 
 class Session:
-    """One optimizer and the stream position up to which it was told."""
+    """The loaded optimizer, and those of other runs that this process has served before.
+
+    Building one costs half a second of CPU, most of it for its space: runs that take turns in a
+    worker would spend it at every turn.
+    """
 
     def __init__(self) -> None:
-        self._optimizer: Optimizer | None = None
-        self.position = START
+        self._now: _Kept | None = None
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
 
     @property
     def optimizer(self) -> Optimizer:
         """The loaded optimizer. Raises: OptimizerError before `load`."""
-        if self._optimizer is None:
+        return self._loaded.optimizer
+
+    @property
+    def position(self) -> str:
+        """Stream id of the last event told."""
+        return START if self._now is None else self._now.position
+
+    @property
+    def _loaded(self) -> _Kept:
+        if self._now is None:
             raise OptimizerError("no optimizer is loaded; send load first")
-        return self._optimizer
+        return self._now
 
     def describe(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Identity of the space that a setup describes.
@@ -55,10 +100,17 @@ class Session:
         return {"space_id": space.space_id, "space_sha": space.sha}
 
     def load(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Build and replay. An optimizer loaded before is dropped."""
-        self._optimizer = build(OptimizerSetup.from_json(request["setup"]))
-        self.position = START
-        return self.tell({"after": START, "events": request["events"]})
+        """Build and replay, or feed only what is new to an optimizer that was built from this."""
+        self._now = None
+        key, events = canonical_json(request["setup"]), request["events"]
+        known = self._kept.pop(key, None)
+        if known is None or not _begins_with(events, known):
+            known = _Kept(build(OptimizerSetup.from_json(request["setup"])))
+        known.feed(events[known.count :])
+        self._now = self._kept[key] = known
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return {"position": self.position}
 
     def tell(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Feed [stream id, event] pairs that follow `after`.
@@ -69,11 +121,12 @@ class Session:
             raise OptimizerError(
                 f"events follow {request['after']}, but the last one told is {self.position}"
             )
-        for position, raw in request["events"]:
-            if _order(position) <= _order(self.position):
-                raise OptimizerError(f"event {position} comes after {self.position}; ids must grow")
-            self.optimizer.feed(event_from_json(raw))
-            self.position = position
+        loaded = self._loaded
+        try:
+            loaded.feed(request["events"])
+        except Exception:
+            self._kept.popitem()  # the newest: it was loaded last
+            raise
         return {"position": self.position}
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,6 +220,19 @@ def _initial_faults(space: SearchSpace, setup: OptimizerSetup) -> list[Fault]:
             where = f"spec.search.initialConfigs[{number}]"
             faults += [Fault(f"{where}.{f.field}", f.value, f.expected) for f in error.faults]
     return faults
+
+
+def _begins_with(events: Sequence[Sequence[Any]], known: _Kept) -> bool:
+    """Whether these events begin with exactly what an optimizer was fed."""
+    fed = ""
+    for position, raw in events[: known.count]:
+        fed = _chained(fed, position, raw)
+    return len(events) >= known.count and fed == known.fed
+
+
+def _chained(before: str, position: str, raw: object) -> str:
+    text = f"{before}{position}{json.dumps(raw, sort_keys=True)}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _order(position: str) -> tuple[int, int]:

@@ -320,7 +320,7 @@ def _labels(found: Object) -> dict[str, str]:
 def _has(found: Object, selector: str) -> bool:
     """Whether an object has a label, of a value where the selector says one."""
     name, given, value = selector.partition("=")
-    return name in _labels(found) and (not given or _labels(found)[name] == value)
+    return not selector or (name in _labels(found) and (not given or _labels(found)[name] == value))
 
 
 def _key(plural: str, found: Object) -> Key:

@@ -40,12 +40,12 @@ def test_a_burst_is_free_and_then_calls_come_at_the_rate() -> None:
 def test_calls_over_the_rate_wait_and_the_wait_is_counted() -> None:
     async def scenario(api: Cluster, server: HttpCluster) -> None:
         began = time.monotonic()
-        await asyncio.gather(*(api.get(JOBS, "default", "none") for _ in range(15)))
-        assert time.monotonic() - began >= 0.05
+        await asyncio.gather(*(api.get(JOBS, "default", "none") for _ in range(3)))
+        assert time.monotonic() - began >= 0.3
         assert api.throttled_seconds > 0.0
-        assert len(server.requests) == 15
+        assert len(server.requests) == 3
 
-    play(scenario, qps=50.0, burst=10)
+    play(scenario, qps=5.0, burst=1)
 
 
 @pytest.mark.parametrize("status", [429, 503])

@@ -71,11 +71,10 @@ def test_a_run_gives_every_metric_a_value_and_its_own_series_end_with_it(
 
 
 def _has_sample(text: str, name: str) -> bool:
-    """A gauge that was set, a counter that was raised, a histogram that saw a value."""
-    suffix = {True: "_total", False: ""}[name in COUNTERS] + ("_count" * (name in HISTOGRAMS))
-    values = re.findall(rf"^quicktune_{name}{suffix}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
-    wanted = 0.0 if name in GAUGES else 1e-12
-    return any(float(value) >= wanted for value in values)
+    """A gauge or a labelled series that was set; of one without labels, that it was raised."""
+    suffix = "_total" * (name in COUNTERS) + "_count" * (name in HISTOGRAMS)
+    found = re.findall(rf"^quicktune_{name}{suffix}({{.*}})? (\S+)$", text, re.MULTILINE)
+    return any(labels or name in GAUGES or float(value) > 0 for labels, value in found)
 
 
 async def scraped(store: EmbeddedStore) -> list[str]:

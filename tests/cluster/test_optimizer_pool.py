@@ -123,6 +123,29 @@ def test_a_result_of_an_unknown_configuration_is_refused_and_the_session_lives_o
     run(scenario)
 
 
+def test_a_worker_goes_on_with_an_optimizer_it_knows_and_is_not_fooled_by_another_history():
+    """Two runs take turns; then one of the same setup comes with another past."""
+
+    async def scenario(client):
+        setups, pasts = [make_setup(), make_setup(seed=4)], [[], []]
+        for turn in range(2):
+            for setup, past in zip(setups, pasts, strict=True):
+                await client.load(setup, past)
+                proposal = (await client.ask(1, EVERYTHING)).proposals[0]
+                events = [(f"{turn + 1}-0", proposal), (f"{turn + 1}-1", finished(proposal))]
+                await client.tell(events)
+                past += events
+        await client.load(setups[0], pasts[0])
+        known = (await client.ask(2, EVERYTHING)).proposals
+        await client.load(setups[0], pasts[0][:2])
+        assert (await client.ask(1, EVERYTHING)).position == "1-1"
+        await client.close()  # a new process knows nothing
+        await client.load(setups[0], pasts[0])
+        assert (await client.ask(2, EVERYTHING)).proposals == known
+
+    run(scenario)
+
+
 def test_ids_that_do_not_grow_are_refused():
     async def scenario(client):
         await client.load(make_setup(), [])
