@@ -32,8 +32,8 @@ def test_a_kept_run_leaves_its_volume_and_its_ledger_for_thirty_days(
 
     restricted.delete("tuningrun", "sim", "--timeout=5s")
 
-    until("its Jobs are gone", lambda: not restricted.items("job"), seconds=30)
-    until("its keys expire", lambda: -1 not in lifetimes(run, uid).values(), seconds=30)
+    until("its Jobs are gone", lambda: not restricted.items("job"))
+    until("its keys expire", lambda: -1 not in lifetimes(run, uid).values())
     assert all(29 * DAY < left <= 30 * DAY for left in lifetimes(run, uid).values())
     assert "sim-checkpoints" in claims(restricted)
 
@@ -48,9 +48,9 @@ def test_a_deleted_run_takes_its_volume_and_its_ledger_along_in_the_middle_of_a_
 
     restricted.delete("tuningrun", "sim", "--timeout=5s")
 
-    until("its pods are gone", lambda: not restricted.items("pod"), seconds=40)
-    until("its volume is gone", lambda: claims(restricted) == {"data"}, seconds=40)
-    until("its keys are gone", lambda: lifetimes(run, uid) == {}, seconds=30)
+    until("its pods are gone", lambda: not restricted.items("pod"))
+    until("its volume is gone", lambda: claims(restricted) == {"data"})
+    until("its keys are gone", lambda: lifetimes(run, uid) == {})
 
 
 def test_a_run_of_the_same_name_begins_anew(restricted: Kube, simulate: Simulate) -> None:

@@ -46,7 +46,7 @@ def test_an_evicted_run_gives_its_pods_up_at_once_and_no_attempt_is_used(
 
     run.patch(suspend=True, suspendPolicy="Evict")
 
-    until("no pod is left", lambda: not run.pods(), seconds=15)
+    until("no pod is left", lambda: not run.pods())
     run.until_condition("Suspended", "True", "UserRequested")
     assert all(job["spec"]["suspend"] for job in run.jobs())
     assert run.told() == 0
@@ -70,12 +70,12 @@ def test_a_stopped_run_deletes_its_open_steps_and_keeps_its_results(
 
     run.patch(stop=True)
 
-    status = run.complete("Stopped", seconds=30)
+    status = run.complete("Stopped")
     assert status["consumed"]["steps"] == run.told() >= 2
     assert float(status["best"]["score"]) > 0
     assert "cancel" in run.ends().values()
-    until("no pod works", lambda: not run.working(), seconds=20)
-    until("its Jobs are gone", lambda: not run.live(), seconds=20)
+    until("no pod works", lambda: not run.working())
+    until("its Jobs are gone", lambda: not run.live())
 
 
 def test_a_reached_goal_ends_the_run(restricted: Kube, simulate: Simulate) -> None:
@@ -117,8 +117,8 @@ def test_a_finished_run_is_deleted_when_its_time_is_over(
 
     run.complete()
 
-    until("it is gone", lambda: not restricted.items("tuningrun"), seconds=30)
-    until("its Jobs are gone", lambda: not restricted.items("job"), seconds=30)
+    until("it is gone", lambda: not restricted.items("tuningrun"))
+    until("its Jobs are gone", lambda: not restricted.items("job"))
 
 
 # --- scale and change -----------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_kubectl_scale_raises_and_lowers_what_runs_at_once(
     restricted.kubectl("scale", "tnr/sim", "--replicas=3")
 
     run.until_working(3)
-    until("status says 3", lambda: run.status()["jobs"]["running"] == 3, seconds=20)
+    until("status says 3", lambda: run.status()["jobs"]["running"] == 3)
     chosen = restricted.kubectl("get", "pods", "-l", run.status()["selector"], "-o", "name")
     assert len(chosen.split()) >= 3
     restricted.kubectl("scale", "tnr/sim", "--replicas=1")

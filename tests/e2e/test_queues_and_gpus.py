@@ -76,7 +76,7 @@ def test_steps_no_node_takes_are_given_up_in_time_and_a_retry_goes_on(
     cancelled = of_kind(run.events(), "cancel")
     assert len(cancelled) == 3
     assert {float(event.get("dev", "0")) for event in cancelled} == {0}  # what never ran is free
-    until("their Jobs are gone", lambda: not run.live(), seconds=20)
+    until("their Jobs are gone", lambda: not run.live())
     template: Object = run.get()["spec"]["template"]
     del template["spec"]["containers"][0]["resources"]["limits"][NO_SUCH_GPU]
     run.patch(template=template)
@@ -122,7 +122,7 @@ def queue(restricted: Kube) -> Iterator[None]:
     }  # fmt: skip
     binding = {**kinds, "kind": "MutatingAdmissionPolicyBinding", "spec": {"policyName": name}}
     restricted.create(policy, binding)
-    until("the policy works", lambda: _is_suspended_at_birth(restricted), seconds=30)
+    until("the policy works", lambda: _is_suspended_at_birth(restricted))
     yield
     for kind in ("mutatingadmissionpolicybinding", "mutatingadmissionpolicy"):
         restricted.kubectl("delete", kind, name)
@@ -184,7 +184,7 @@ def test_jobs_of_a_queue_are_held_evicted_and_admitted_again_without_an_attempt(
     admit(run)
     run.until_working(steps)
     evict(run)
-    until("every pod is gone", lambda: not run.pods(), seconds=40)
+    until("every pod is gone", lambda: not run.pods())
     run.until_condition("Progressing", "False", "WaitingForQuota")
     queued = until("no Job failed of it", lambda: run.live(), seconds=5)
     assert len(queued) == steps
