@@ -84,6 +84,9 @@ cluster: venv ## a shell in the same cluster, operator installed; it ends with t
 slow: venv ## the tests that take minutes of CPU
 	@$(PY) -m pytest -q -m slow $(PYTEST_FLAGS)
 
+campaign: venv ## go on with the campaign of random faults: a shard in tests/campaign, the tally (CAMPAIGN_FLAGS)
+	@OMP_NUM_THREADS=1 $(PY) -m tests.cluster.campaign $(CAMPAIGN_FLAGS)
+
 bench: venv ## the figures of the README: the demo's limits, our overhead, Quick-Tune against random
 	@$(PY) benchmarks/demo.py
 	@$(PY) benchmarks/overhead.py
