@@ -126,7 +126,7 @@ class FakeOperator:
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.client.aclose()
 
-    async def until(self, seen: Callable[[], bool], seconds: float = 20.0) -> None:
+    async def until(self, seen: Callable[[], bool], seconds: float = 60.0) -> None:
         """Wait for something to be so."""
         async with asyncio.timeout(seconds):
             while not seen():
