@@ -31,12 +31,12 @@ def expressions(found: Object) -> Iterator[str]:
 
 
 def test_the_files_are_what_the_script_writes(root: Path, chart: Path) -> None:
-    script = runpy.run_path(str(root / "helm" / "dashboards.py"))
+    script = runpy.run_path(str(root / "docs" / "dashboards.py"))
 
     made = {name: script["text_of"](found) for name, found in script["dashboards"]().items()}
 
     assert made == {p.name: p.read_text() for p in (chart / "dashboards").glob("*.json")}, (
-        "run: python helm/dashboards.py"
+        "run: python docs/dashboards.py"
     )
 
 

@@ -1,5 +1,5 @@
 # ruff: noqa: INP001  # a script, no package
-"""Writes the chart's three Grafana dashboards: `python helm/dashboards.py`.
+"""Writes the chart's three Grafana dashboards: `python docs/dashboards.py`.
 
 A panel is a few words here: title, what the answer is called, what is asked, unit. Names of metrics
 are checked against the operator's by tests/chart/test_dashboards.py, which also compares the files.
@@ -14,7 +14,7 @@ from typing import Any
 
 Json = dict[str, Any]
 
-FOLDER = Path(__file__).parent / "quicktune-operator" / "dashboards"
+FOLDER = Path(__file__).parents[1] / "helm" / "quicktune-operator" / "dashboards"
 WIDTH, HEIGHT = 8, 8
 """Of a panel, in Grafana's grid of 24 columns."""
 
