@@ -1,4 +1,3 @@
-# ruff: noqa: INP001  # a script, no package
 """Writes the chart's three Grafana dashboards: `python docs/dashboards.py`.
 
 A panel is a few words here: title, what the answer is called, what is asked, unit. Names of metrics
