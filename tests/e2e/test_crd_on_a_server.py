@@ -56,6 +56,9 @@ def kubectl(*words: str, given: Object | str | None = None) -> str:
     return ended.stdout
 
 
+OUTDATED = "the object has been modified"
+
+
 class Runs:
     """The TuningRuns of one namespace, asked as strictly as kubectl asks."""
 
@@ -77,13 +80,21 @@ class Runs:
 
     def replace(self, manifest: Object, **more: str) -> Object | str:
         """The changed object, or why not."""
-        call = self._api.replace_namespaced_custom_object
-        return self._ask(call, manifest["metadata"]["name"], manifest, **more)
+        return self._put(self._api.replace_namespaced_custom_object, manifest, **more)
 
     def write_status(self, manifest: Object) -> Object | str:
         """The object with its status, or why not."""
-        call = self._api.replace_namespaced_custom_object_status
-        return self._ask(call, manifest["metadata"]["name"], manifest)
+        return self._put(self._api.replace_namespaced_custom_object_status, manifest)
+
+    def _put(self, call: Any, manifest: Object, **more: str) -> Object | str:
+        """Written over the newest version: the installed operator writes its status meanwhile."""
+        name = manifest["metadata"]["name"]
+        while True:
+            newest = self._api.get_namespaced_custom_object(*self._place, name)["metadata"]
+            metadata = {**manifest["metadata"], "resourceVersion": newest["resourceVersion"]}
+            answer = self._ask(call, name, {**manifest, "metadata": metadata}, **more)
+            if not isinstance(answer, str) or OUTDATED not in answer:
+                return answer
 
     def _ask(self, call: Any, *words: Any, **more: str) -> Object | str:
         try:

@@ -113,7 +113,7 @@ def test_a_raised_budget_reopens_a_run_and_a_lowered_one_ends_it(
 def test_a_finished_run_is_deleted_when_its_time_is_over(
     restricted: Kube, simulate: Simulate
 ) -> None:
-    run = simulate(restricted, budget={"maxSteps": 1}, ttlSecondsAfterFinished=5)
+    run = simulate(restricted, budget={"maxSteps": 1}, ttlSecondsAfterFinished=30)
 
     run.complete()
 
@@ -140,7 +140,7 @@ def test_kubectl_scale_raises_and_lowers_what_runs_at_once(
     run.until_working(1)
     run.until_told(run.told() + 1)
     assert set(run.ends().values()) == {"done"}  # nobody was killed for it
-    assert len(run.live()) <= 1
+    assert len(run.working()) <= 1
     run.patch(stop=True)
     run.complete("Stopped")
 

@@ -34,7 +34,7 @@ BUILDS = (
     ("debian-image.sh", "testbed.local/redis:1", "{layout}", "redis-server", "--", "redis-server"),
 )
 IMAGE_PYTHON = "3.13"  # of the base that build-image.sh makes
-TOOLS = ("pytest", "pytest-xdist", "hypothesis", "mpmath", "psutil")  # what our suites need beside an image's own packages
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "mpmath", "psutil", "scikit-learn")  # what our suites need beside an image's own packages
 KEEP = 4  # layouts of other states: another checkout may be importing one
 
 
