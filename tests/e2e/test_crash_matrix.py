@@ -169,7 +169,7 @@ def test_a_full_volume_holds_a_run_until_there_is_room(
 ) -> None:
     template = claim("unused", "16Mi", storageClassName="small")["spec"]
     run = simulate(
-        restricted, seconds=1, budget={"maxSteps": 3},
+        restricted, seconds=1, budget={"maxSteps": 12},
         checkpoint={"volumeClaimTemplate": template},
     )  # fmt: skip
     run.until_told(1)
@@ -192,8 +192,8 @@ def test_a_full_volume_holds_a_run_until_there_is_room(
 
     restricted.execute("filler", "rm", "/ck/filler")
 
-    events = settled(run, 3)
-    assert told < 3
+    events = settled(run, 12)
+    assert told < 12
     assert {e["reason"] for e in of_kind(events, "retry")} == {"disk_full"}
 
 
