@@ -21,6 +21,7 @@ from statistics import median
 
 import numpy as np
 
+from qtt_core.beliefs import Beliefs, CostBelief
 from qtt_core.encoding import Array, Encoder
 from qtt_core.trials import Trial
 
@@ -52,6 +53,7 @@ class CostModel:
     """A posterior over weights; immutable."""
 
     encoder: Encoder
+    beliefs: Beliefs
     mean: Array
     covariance: Array
     startup_seconds: float
@@ -59,7 +61,9 @@ class CostModel:
 
     def epoch_seconds(self, trials: Sequence[Trial], rows: Array) -> Array:
         """Seconds of one further epoch of each trial, (n,): its own once it has run."""
-        predicted = np.exp(np.clip(_with_intercept(rows) @ self.mean, -12, 16))
+        belief = self.beliefs.cost([trial.config for trial in trials])
+        start = np.zeros(len(rows)) if belief is None else belief.log_seconds
+        predicted = np.exp(np.clip(_with_intercept(rows) @ self.mean + start, -12, 16))
         own = [median(trial.seconds) if trial.seconds else math.nan for trial in trials]
         return np.where(np.isnan(own), predicted, np.maximum(own, 1e-6))
 
@@ -71,15 +75,26 @@ class CostModel:
 
 
 def fit_cost(
-    encoder: Encoder, started: Sequence[Trial], rows: Array, overheads: Sequence[float]
+    encoder: Encoder,
+    started: Sequence[Trial],
+    rows: Array,
+    overheads: Sequence[float],
+    beliefs: Beliefs,
 ) -> CostModel:
-    """The posterior given trials that have run and their rows; exact, so no order matters."""
-    mean, precision = _prior(encoder)
+    """The posterior given trials that have run and their rows; exact, so no order matters.
+
+    Where a meta-learned prior predicts seconds, the weights correct it.
+    """
+    belief = beliefs.cost([trial.config for trial in started])
+    mean, precision = _prior(encoder, belief)
     design = _with_intercept(rows)
     target = np.array([math.log(max(median(trial.seconds), 1e-6)) for trial in started])
+    if belief is not None:
+        target = target - belief.log_seconds
     covariance = np.linalg.inv(np.diag(precision) + design.T @ design / NOISE)
     return CostModel(
         encoder=encoder,
+        beliefs=beliefs,
         mean=np.asarray(covariance @ (precision * mean + design.T @ target / NOISE)),
         covariance=np.asarray(covariance),
         startup_seconds=median(overheads) if overheads else 0.0,
@@ -87,8 +102,15 @@ def fit_cost(
     )
 
 
-def _prior(encoder: Encoder) -> tuple[Array, Array]:
-    """Prior mean and precision of the weights, intercept last."""
+def _prior(encoder: Encoder, belief: CostBelief | None) -> tuple[Array, Array]:
+    """Prior mean and precision of the weights, intercept last.
+
+    Corrections of a prediction are small and have no direction.
+    """
+    if belief is not None:
+        sds = [*(0.0 if n.startswith("data:") else belief.sd for n in encoder.columns)]
+        sd = np.array([*sds, belief.level_sd])
+        return np.zeros(len(sd)), np.maximum(sd, 1e-3) ** -2
     rows = [
         next((mean, sd) for prefix, mean, sd in PRIORS if name.startswith(prefix))
         for name in encoder.columns

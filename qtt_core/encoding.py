@@ -154,7 +154,8 @@ def _clipped_batch(low: float, high: float, n_train: float) -> Callable[[Config]
 
     def function(config: Config) -> float:
         batch = _number(config.get("batch_size"))
-        return 0.0 if not batch else _scaled(min(batch, max(n_train, 1.0)), low, high, log=True)
+        limit = max(n_train, 1.0) if math.isfinite(n_train) else math.inf
+        return 0.0 if not batch else _scaled(min(batch, limit), low, high, log=True)
 
     return function
 
@@ -225,7 +226,9 @@ def _derived(hub: Hub | None, metafeatures: Mapping[str, float]) -> list[Column]
 
     def updates(config: Config) -> float:
         batch = _number(config.get("batch_size"))
-        return 0.0 if not batch or not n_train else math.log10(1 + n_train / batch) / 2 - 1
+        if not batch or not n_train or not math.isfinite(n_train):
+            return 0.0
+        return math.log10(1 + n_train / batch) / 2 - 1
 
     def rate(config: Config) -> float:
         lr, batch = _number(config.get("lr")), _number(config.get("batch_size"))

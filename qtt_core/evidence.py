@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from qtt_core.beliefs import Beliefs
 from qtt_core.cost import CostModel, fit_cost
 from qtt_core.encoding import Array, Encoder
 from qtt_core.steps import Outcome
-from qtt_core.surrogate import MAX_ROWS, Rows, Squash
+from qtt_core.surrogate import MAX_ROWS, Rows, Squash, squash_of
 from qtt_core.trials import Trial, Trials
 
 EARLY, LATE = 8, 32
@@ -24,12 +25,11 @@ EARLY_UNTIL = 64
 class Evidence:
     """Rows and cost model of one search."""
 
-    def __init__(self, encoder: Encoder, metafeatures: Mapping[str, float]) -> None:
-        self.encoder = encoder
-        classes = metafeatures.get("num_classes")
-        self.squash = Squash(
-            chance=1 / classes if classes and classes > 1 else 0.0, n_val=metafeatures.get("n_val")
-        )
+    def __init__(
+        self, encoder: Encoder, metafeatures: Mapping[str, float], beliefs: Beliefs
+    ) -> None:
+        self.encoder, self.beliefs = encoder, beliefs
+        self.squash = squash_of(metafeatures)
         self._rows: dict[int, Array] = {}
         self._costs: tuple[int, CostModel] | None = None
 
@@ -49,7 +49,9 @@ class Evidence:
         count = len(trials.told)
         if self._costs is None or self._costs[0] != count:
             started = [trial for trial in trials.all() if trial.seconds]
-            model = fit_cost(self.encoder, started, self.rows(started), trials.overheads)
+            model = fit_cost(
+                self.encoder, started, self.rows(started), trials.overheads, self.beliefs
+            )
             self._costs = (count, model)
         return self._costs[1]
 

@@ -40,19 +40,28 @@ LOCAL_STRENGTH = 1.0
 
 
 def probability_to_finish(
-    encoder: Encoder, trials: Sequence[Trial], started: Array, candidates: Array
+    encoder: Encoder,
+    trials: Sequence[Trial],
+    started: Array,
+    candidates: Array,
+    *,
+    believed: Array | None = None,
 ) -> Array:
-    """P(finish) of each candidate row, (m,), in (0, 1); `started`: the rows of `trials`, (n, D)."""
+    """P(finish) of each candidate row, (m,), in (0, 1); `started`: the rows of `trials`, (n, D).
+
+    `believed` (m,): what a meta-learned prior says of each candidate, in place of the overall rate.
+    """
     outcomes = np.array([0.0 if trial.failure is not None else 1.0 for trial in trials])
     rate = (PRIOR_SUCCESSES + outcomes.sum()) / (PRIOR_SUCCESSES + PRIOR_FAILURES + len(outcomes))
+    base = np.full(len(candidates), rate) if believed is None else believed
     if len(outcomes) == 0:
-        return np.full(len(candidates), rate)
+        return base
     scale = _scale(encoder)
     a, b = candidates * scale, started * scale
     squared = (a**2).sum(1)[:, None] + (b**2).sum(1)[None, :] - 2 * a @ b.T
     weights = np.exp(-0.5 * np.maximum(squared, 0.0))
     return np.asarray(
-        (LOCAL_STRENGTH * rate + weights @ outcomes) / (LOCAL_STRENGTH + weights.sum(1))
+        (LOCAL_STRENGTH * base + weights @ outcomes) / (LOCAL_STRENGTH + weights.sum(1))
     )
 
 

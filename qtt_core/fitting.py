@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from qtt_core.surrogate import (
     WIGGLE_LENGTH,
     Parameters,
     Rows,
+    course,
     main_effects,
     progress,
 )
@@ -41,50 +43,60 @@ SCALARS = tuple(
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curves:
+    """What one data set shows: configurations (c, D), their mean courses (c, G), points of them."""
+
+    x: Array
+    trend: Array
+    rows: Rows
+
+
 def fit(
     start: Parameters,
     member: NDArray[np.intp],
-    x: Array,
-    prior_mean: Array,
-    rows: Rows,
+    sets: Sequence[Curves],
     *,
     max_fidelity: int,
-    rise: float,
     steps: int = STEPS,
 ) -> Parameters:
-    """Parameters after `steps` of Adam from `start`; `start` itself if the numbers break down."""
-    problem = _Problem(start, member, x, prior_mean, rows, max_fidelity, rise)
+    """Parameters after `steps` of Adam from `start`; `start` itself if the numbers break down.
+
+    One data set in a search; many, that share all parameters, in meta-training.
+    """
+    problem = _Problem(start, [_Data(start, member, one, max_fidelity) for one in sets])
     try:
         return problem.solve(steps)
     except (LinAlgError, FloatingPointError) as error:
-        log.warning("fitting %d rows failed (%s); prior parameters stand", len(rows.u), error)
+        rows = sum(len(one.rows.u) for one in sets)
+        log.warning("fitting %d rows failed (%s); prior parameters stand", rows, error)
         return start
 
 
-class _Problem:
-    """Tensors of one fit."""
+class _Data:
+    """Tensors of one data set."""
 
     def __init__(
-        self,
-        start: Parameters,
-        member: NDArray[np.intp],
-        x: Array,
-        prior_mean: Array,
-        rows: Rows,
-        max_fidelity: int,
-        rise: float,
+        self, start: Parameters, member: NDArray[np.intp], curves: Curves, max_fidelity: int
     ) -> None:
-        self.start = start
-        self.x = torch.from_numpy(x)
-        self.effects = torch.from_numpy(main_effects(x, x, member, len(start.groups)))
+        rows, count = curves.rows, len(start.groups)
+        self.x = torch.from_numpy(curves.x)
+        self.effects = torch.from_numpy(main_effects(curves.x, curves.x, member, count))
         self.index = torch.from_numpy(rows.index)
-        tau = torch.from_numpy(progress(rows.epoch, max_fidelity))
+        clock = progress(rows.epoch, max_fidelity)
+        tau = torch.from_numpy(clock)
         self.hh = torch.outer(1 - tau, 1 - tau)
         self.ou = torch.exp(-(tau[:, None] - tau[None, :]).abs() / WIGGLE_LENGTH)
         self.same = (self.index[:, None] == self.index[None, :]).double()
-        level = prior_mean[rows.index] - rise * (1 - progress(rows.epoch, max_fidelity))
-        self.residual = torch.from_numpy(rows.u - level)
+        self.residual = torch.from_numpy(rows.u - course(curves.trend[rows.index], clock))
         self.noise = torch.from_numpy(rows.noise)
+
+
+class _Problem:
+    """What is learned, and from which data."""
+
+    def __init__(self, start: Parameters, sets: Sequence[_Data]) -> None:
+        self.start, self.sets = start, sets
         self.active = torch.from_numpy(start.scales > 0)
         self.logs = {
             name: torch.log(torch.as_tensor(getattr(start, name), dtype=torch.float64))
@@ -115,9 +127,11 @@ class _Problem:
 
     def loss(self) -> torch.Tensor:
         """Negative log marginal likelihood plus the priors' penalties."""
-        lower = torch.linalg.cholesky(self.covariance())
-        alpha = torch.linalg.solve_triangular(lower, self.residual[:, None], upper=False)
-        nll: torch.Tensor = 0.5 * (alpha**2).sum() + lower.diagonal().log().sum()
+        nll = torch.zeros((), dtype=torch.float64)
+        for data in self.sets:
+            lower = torch.linalg.cholesky(self.covariance(data))
+            alpha = torch.linalg.solve_triangular(lower, data.residual[:, None], upper=False)
+            nll = nll + 0.5 * (alpha**2).sum() + lower.diagonal().log().sum()
         for name, value in self.free.items():
             nll = nll + 0.5 * (((value - self.logs[name]) / PRIOR_SD.get(name, 0.7)) ** 2).sum()
         for name, layer in self.layers.items():
@@ -125,22 +139,22 @@ class _Problem:
             nll = nll + 0.5 * (((layer - start) / NETWORK_SD) ** 2).sum()
         return nll
 
-    def covariance(self) -> torch.Tensor:
+    def covariance(self, data: _Data) -> torch.Tensor:
         value = {name: torch.exp(tensor) for name, tensor in self.free.items()}
         scales = torch.zeros(self.active.shape, dtype=torch.float64)
         scales = scales.masked_scatter(self.active, value["scales"])
-        deep = torch.tanh(self.x @ self.layers["hidden"]) @ self.layers["head"]
-        phi = torch.cat([self.x * scales, deep], dim=1)
+        deep = torch.tanh(data.x @ self.layers["hidden"]) @ self.layers["head"]
+        phi = torch.cat([data.x * scales, deep], dim=1)
         norm = (phi**2).sum(1)
         distance = (norm[:, None] + norm[None, :] - 2 * phi @ phi.T).clamp_min(0.0)
-        kx = torch.tensordot(value["groups"], self.effects, dims=1)
+        kx = torch.tensordot(value["groups"], data.effects, dims=1)
         kx = kx + value["deep"] * torch.exp(-0.5 * distance)
-        kx = kx[self.index][:, self.index]
-        shared = value["level_common"] + value["slope_common"] * self.hh
-        shared = shared + kx * (1 + value["slope_x"] * self.hh)
-        own = value["level_own"] + value["slope_own"] * self.hh + value["wiggle"] * self.ou
-        noise = torch.diag(value["noise"] + self.noise + JITTER)
-        covariance: torch.Tensor = shared + self.same * own + noise
+        kx = kx[data.index][:, data.index]
+        shared = value["level_common"] + value["slope_common"] * data.hh
+        shared = shared + kx * (1 + value["slope_x"] * data.hh)
+        own = value["level_own"] + value["slope_own"] * data.hh + value["wiggle"] * data.ou
+        noise = torch.diag(value["noise"] + data.noise + JITTER)
+        covariance: torch.Tensor = shared + data.same * own + noise
         return covariance
 
     def result(self) -> Parameters:

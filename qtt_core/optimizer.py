@@ -23,13 +23,15 @@ from qtt_core.baselines import (
     Stop,
     SuccessiveHalving,
 )
+from qtt_core.beliefs import Beliefs, ColdBeliefs, WarmBeliefs
 from qtt_core.encoding import Encoder, build_encoder
 from qtt_core.errors import OptimizerError
 from qtt_core.evidence import Evidence
 from qtt_core.hub import Hub, parse_card
 from qtt_core.paper_policy import QuickTunePaper
-from qtt_core.policy import QuickTune
+from qtt_core.policy import QuickTuneRule
 from qtt_core.pool import draw, generator, initial_candidates
+from qtt_core.prior import MetaPrior
 from qtt_core.space import SearchSpace, build_space
 from qtt_core.steps import (
     OPTIMIZER_ENTRY_POINTS,
@@ -79,6 +81,7 @@ class Context:
 
     space: SearchSpace
     evidence: Evidence
+    beliefs: Beliefs
     seed: int
     hub: Hub | None
     options: Options
@@ -102,6 +105,7 @@ class Optimizer:
         seed: int,
         hub: Hub | None = None,
         metafeatures: Mapping[str, float] | None = None,
+        prior: MetaPrior | None = None,
         options: Options | None = None,
         candidates: Sequence[Config] | None = None,
     ) -> None:
@@ -109,14 +113,22 @@ class Optimizer:
         self.options = options or Options()
         self.metafeatures = dict(metafeatures or {})
         self.encoder: Encoder = build_encoder(space, hub, self.metafeatures)
-        self.evidence = Evidence(self.encoder, self.metafeatures)
+        beliefs = self._beliefs(hub, prior)
+        self.evidence = Evidence(self.encoder, self.metafeatures, beliefs)
+        fixed = candidates is not None
         self.rule = make_rule(
-            Context(space, self.evidence, seed, hub, self.options, candidates is not None)
+            Context(space, self.evidence, beliefs, seed, hub, self.options, fixed)
         )
         self.trials = Trials(max_fidelity=space.max_fidelity, step=space.step, options=self.options)
         self._events: list[OptimizerEvent] = []
         self._finished: str | None = None
         self._fill(hub, candidates)
+
+    def _beliefs(self, hub: Hub | None, prior: MetaPrior | None) -> Beliefs:
+        learn = self.options.meta_learning
+        if prior is not None and learn:
+            return WarmBeliefs(prior=prior, metafeatures=self.metafeatures)
+        return ColdBeliefs(hub=hub, max_fidelity=self.space.max_fidelity, meta_learning=learn)
 
     def _fill(self, hub: Hub | None, candidates: Sequence[Config] | None) -> None:
         """Initial configurations, default and draw; `candidates` replaces all but the first."""
@@ -142,8 +154,9 @@ class Optimizer:
 
         Raises: UnknownConfigurationError; ObservationError for a value out of range or order.
         """
+        proposal = self.trials.tentative(observation.config_id)
         if self.trials.tell(observation):
-            self._events.append(observation)
+            self._events += [observation] if proposal is None else [proposal, observation]
             grow = getattr(self.rule, "grow", None)
             if grow is not None:
                 grow(self.trials)
@@ -154,8 +167,9 @@ class Optimizer:
         Raises: UnknownConfigurationError.
         """
         event = Abandon(config_id=config_id, retire=retire, model_gone=model_gone)
+        proposal = self.trials.tentative(config_id)
         self.trials.abandon(event)
-        self._events.append(event)
+        self._events += [event] if proposal is None else [proposal, event]
 
     def feed(self, event: OptimizerEvent) -> None:
         """Any one event, in ledger order. Raises: as `tell` and `abandon`."""
@@ -343,6 +357,55 @@ class Optimizer:
         )
 
 
+def _quicktune(c: Context) -> QuickTuneRule:
+    return QuickTuneRule(
+        c.space, c.evidence, c.beliefs, seed=c.seed, options=c.options, fixed_pool=c.fixed_pool
+    )
+
+
+class QuickTune(Optimizer):
+    """The default optimizer, usable with nothing but a space and a seed.
+
+    `prior`: a meta-learned start (`metatrain`, `MetaPrior.load`); without it the search begins with
+    cards and rules of thumb. `hub`: model cards of the space's hyperparameter `model`.
+    `metafeatures`: descriptors of the data set; `num_classes` gives the chance level, `n_val` the
+    noise of a score. Raises: SpecError for an initial configuration that the space refuses.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        seed: int,
+        hub: Hub | None = None,
+        metafeatures: Mapping[str, float] | None = None,
+        prior: MetaPrior | None = None,
+        options: Options | None = None,
+        candidates: Sequence[Config] | None = None,
+    ) -> None:
+        super().__init__(
+            space,
+            _quicktune,
+            seed=seed,
+            hub=hub,
+            metafeatures=metafeatures,
+            prior=prior,
+            options=options,
+            candidates=candidates,
+        )
+
+    @classmethod
+    def replay(
+        cls, events: Iterable[OptimizerEvent], space: SearchSpace, **arguments: Any
+    ) -> QuickTune:
+        """The object that `arguments` and `events` (proposals as opened, observations, abandons)
+        make: it decides as the one did that the events come from.
+        """
+        optimizer = cls(space, **arguments)
+        replay(optimizer, events)
+        return optimizer
+
+
 # --- algorithms by name -------------------------------------------------------------------
 
 Builder = Callable[..., Optimizer]
@@ -355,7 +418,7 @@ def _with(make_rule: RuleMaker) -> Builder:
         seed: int,
         hub: Hub | None = None,
         metafeatures: Mapping[str, float] | None = None,
-        prior: str | None = None,
+        prior: MetaPrior | None = None,
         options: Options | None = None,
         candidates: Sequence[Config] | None = None,
     ) -> Optimizer:
@@ -365,17 +428,12 @@ def _with(make_rule: RuleMaker) -> Builder:
             seed=seed,
             hub=hub,
             metafeatures=metafeatures,
+            prior=prior,
             options=options,
             candidates=candidates,
         )
 
     return build
-
-
-def _quicktune(c: Context) -> QuickTune:
-    return QuickTune(
-        c.space, c.evidence, seed=c.seed, hub=c.hub, options=c.options, fixed_pool=c.fixed_pool
-    )
 
 
 def _paper(c: Context) -> QuickTunePaper:
@@ -389,7 +447,7 @@ def _paper(c: Context) -> QuickTunePaper:
 
 
 ALGORITHMS: Mapping[str, Builder] = {
-    "QuickTune": _with(_quicktune),
+    "QuickTune": QuickTune,
     "QuickTunePaper": _with(_paper),
     "Random": _with(lambda c: Random(c.seed)),
     "FreezeThawRandom": _with(lambda c: FreezeThawRandom(c.seed)),
@@ -425,7 +483,6 @@ def build(setup: OptimizerSetup) -> Optimizer:
         seed=setup.seed,
         hub=hub,
         metafeatures=setup.metafeatures,
-        prior=setup.prior,
         options=setup.options,
     )
 

@@ -8,7 +8,7 @@ It must not remember anything that is not a memo of the told results.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,22 +16,14 @@ from numpy.typing import NDArray
 
 from qtt_core.acquisition import cooled, expected_improvement, log_expected_improvement
 from qtt_core.baselines import Choice, Stop, promotion
+from qtt_core.beliefs import Beliefs
 from qtt_core.encoding import Array
-from qtt_core.evidence import Evidence, boundary, observed
+from qtt_core.evidence import Evidence, boundary
 from qtt_core.failure import probability_to_finish
-from qtt_core.fitting import fit
-from qtt_core.hub import Hub
+from qtt_core.forecast import Forecaster
 from qtt_core.pool import generator, key
 from qtt_core.space import SearchSpace
 from qtt_core.steps import BudgetView, Options
-from qtt_core.surrogate import (
-    CurveModel,
-    Parameters,
-    Rows,
-    config_kernel,
-    groups_of,
-    prior_parameters,
-)
 from qtt_core.trials import (
     Trial,
     Trials,
@@ -48,10 +40,6 @@ SAFETY_SHARE = 3
 """Every third ask follows ASHA's promotion rule: a wrong model costs little (10-optimizer 5.6)."""
 MARGIN = math.log(1.1)
 """Going on with the configuration that just ran saves a restart: it may be 10 % worse."""
-MIN_RESULTS = 8
-"""Before as many results, parameters are the prior's."""
-RISE_PER_E_FOLD = 0.4
-"""Prior: logits won when training is e times as long."""
 GROWTH, PARENTS = 12, 4
 """Mutations added at every boundary, and the best configurations they come from."""
 GROWTH_LIMIT = 2
@@ -72,7 +60,7 @@ class Scored:
     acquisition: Array
 
 
-class QuickTune:
+class QuickTuneRule:
     """The default rule: one object per search; its memos follow the results."""
 
     defaults_first = True
@@ -81,20 +69,18 @@ class QuickTune:
         self,
         space: SearchSpace,
         evidence: Evidence,
+        beliefs: Beliefs,
         *,
         seed: int,
-        hub: Hub | None,
         options: Options,
         fixed_pool: bool = False,
     ) -> None:
-        self._space, self._evidence, self._seed, self._options = space, evidence, seed, options
-        self._fixed = fixed_pool
-        self._hub = hub
-        self._names, self._member = groups_of(evidence.encoder)
-        self._prior = prior_parameters(evidence.encoder, seed)
-        self._rise = RISE_PER_E_FOLD * math.log(max(space.max_fidelity, 1))
-        self._fits: dict[int, Parameters] = {0: self._prior}
-        self._cross: dict[tuple[int, int, int], Array] = {}
+        self._space, self._evidence, self._beliefs = space, evidence, beliefs
+        self._seed, self._options, self._fixed = seed, options, fixed_pool
+        self.forecaster = Forecaster(
+            evidence, beliefs, seed=seed, max_fidelity=space.max_fidelity,
+            refit=options.refit != "Never",
+        )  # fmt: skip
 
     # --- the choice --------------------------------------------------------------------------
 
@@ -131,11 +117,12 @@ class QuickTune:
         costs = self._evidence.costs(trials)
         seconds = costs.epoch_seconds(every, rows)
         horizon = self._horizons(trials, every, seconds, budget, costs.measured > 0)
-        mean, sd, best = self._predict(trials, every, rows, horizon)
+        mean, sd, best = self.forecaster.predict(trials, every, horizon)
         ran = [i for i, t in enumerate(every) if t.scores or t.failure is not None]
         finish = probability_to_finish(
-            self._evidence.encoder, [every[i] for i in ran], rows[ran], rows
-        )
+            self._evidence.encoder, [every[i] for i in ran], rows[ran], rows,
+            believed=self._beliefs.finish([t.config for t in every]),
+        )  # fmt: skip
         acquisition = log_expected_improvement(mean, sd, best) + np.log(finish)
         if self._options.cost_aware:
             remaining = np.maximum(horizon - np.array([t.t for t in every]), 1)
@@ -248,15 +235,13 @@ class QuickTune:
 
     def warm_up(self, trials: Trials) -> None:
         """Fit now what the next ask needs."""
-        self._parameters(trials)
+        self.forecaster.warm_up(trials)
 
     def forecast(self, trials: Trials, trial: Trial, epochs: Sequence[int]) -> tuple[Array, Array]:
         """Mean and epistemic deviation of the score at further epochs of one configuration."""
         if not epochs:
             return np.empty(0), np.empty(0)
-        every = [trial] * len(epochs)
-        rows = self._evidence.rows(every)
-        u, sd, _ = self._predict(trials, every, rows, np.array(epochs, dtype=np.float64))
+        u, sd = self.forecaster.forecast(trials, trial, epochs)
         return self._evidence.squash.to_score(u), self._evidence.squash.slope(u) * sd
 
     def standing(self, trials: Trials) -> list[tuple[float, int, int]]:
@@ -265,13 +250,7 @@ class QuickTune:
         The posterior mean instead of the measured score: neither one lucky epoch wins, nor does a
         flat curve win over one that still rises (10-optimizer 5.7).
         """
-        mark, parameters = self._parameters(trials)
-        ids, points = observed(trials, self._evidence.squash)
-        known = [trials.trial(c) for c in ids]
-        level = self.prior_level(known)
-        model = self._model(parameters, self._evidence.rows(known), level, points)
-        place = {t.config_id: i for i, t in enumerate(known)}
-        standing = self._standing(model, known, level, mark, place)
+        standing = self.forecaster.standing(trials)
         believed = self._evidence.squash.to_score(np.array([u for u, _, _ in standing]))
         return [
             # logits are cut off at chance and at what n_val resolves; measured scores are not
@@ -279,141 +258,7 @@ class QuickTune:
             for score, (_, trial, epoch) in zip(believed, standing, strict=True)
         ]
 
-    def _predict(
-        self, trials: Trials, every: Sequence[Trial], rows: Array, horizon: Array
-    ) -> tuple[Array, Array, float]:
-        """Mean and deviation of u at each horizon, and the noise-aware incumbent, in u."""
-        mark, parameters = self._parameters(trials)
-        ids, points = observed(trials, self._evidence.squash)
-        pending = [t for t in trials.pending() if t.t < (t.pending_to or 0)]
-        known = [trials.trial(c) for c in ids]
-        known += [t for t in pending if t.config_id not in set(ids)]
-        level = self.prior_level(known)
-        x = self._evidence.rows(known)
-        model = self._model(parameters, x, level, points)
-        place = {t.config_id: i for i, t in enumerate(known)}
-        reached = self._standing(model, known, level, mark, place)
-        best = max((u for u, _, _ in reached), default=-math.inf)
-        if pending:
-            model = self._fantasised(model, parameters, known, level, points, mark, pending, place)
-        identity = np.array([place.get(t.config_id, -1) for t in every], dtype=np.intp)
-        kx = self._kernel(parameters, mark, known, every, rows)
-        mean, sd = model.predict(
-            kx, identity, self.prior_level(every), self._diagonal(parameters, every), horizon
-        )
-        if not len(points.u):
-            best = float(np.min(mean))  # nothing to beat yet: rank by mean and price
-        return mean, sd, best
-
-    def _model(self, parameters: Parameters, x: Array, level: Array, points: Rows) -> CurveModel:
-        return CurveModel(
-            parameters, self._member, self._space.max_fidelity, self._rise, x, level, points
-        )
-
-    def _standing(
-        self,
-        model: CurveModel,
-        known: Sequence[Trial],
-        level: Array,
-        mark: int,
-        place: Mapping[int, int],
-    ) -> list[tuple[float, Trial, int]]:
-        """(posterior mean of u, configuration, epoch) where training has been: noise taken out.
-
-        The epochs asked about are each curve's last and the middle of its best stretch.
-        """
-        ran = [t for t in known if t.scores]
-        at = [(t, epoch) for t in ran for epoch in sorted({t.t, smoothed(t.scores)[0]})]
-        trials = [t for t, _ in at]
-        if not trials:
-            return []
-        index = np.array([place[t.config_id] for t in trials], dtype=np.intp)
-        kx = self._kernel(model.parameters, mark, known, trials, self._evidence.rows(trials))
-        diagonal = self._diagonal(model.parameters, trials)
-        epochs = np.array([epoch for _, epoch in at], dtype=np.float64)
-        mean, _ = model.predict(kx, index, level[index], diagonal, epochs)
-        return [(float(u), trial, epoch) for u, (trial, epoch) in zip(mean, at, strict=True)]
-
-    def _fantasised(
-        self,
-        model: CurveModel,
-        parameters: Parameters,
-        known: Sequence[Trial],
-        level: Array,
-        points: Rows,
-        mark: int,
-        pending: Sequence[Trial],
-        place: Mapping[int, int],
-    ) -> CurveModel:
-        """The model as if pending jobs had shown their predicted mean (kriging believer)."""
-        index = np.array([place[t.config_id] for t in pending], dtype=np.intp)
-        epoch = np.array([t.pending_to for t in pending], dtype=np.float64)
-        kx = self._kernel(parameters, mark, known, pending, self._evidence.rows(pending))
-        diagonal = self._diagonal(parameters, pending)
-        u, _ = model.predict(kx, index, level[index], diagonal, epoch)
-        rows = Rows(
-            index=np.concatenate([points.index, index]),
-            epoch=np.concatenate([points.epoch, epoch]),
-            u=np.concatenate([points.u, u]),
-            noise=np.concatenate([points.noise, self._evidence.squash.noise(u)]),
-        )
-        return self._model(parameters, model.x, level, rows)
-
-    def _parameters(self, trials: Trials) -> tuple[int, Parameters]:
-        """(boundary, parameters fitted to the history up to it)."""
-        mark = 0 if self._options.refit == "Never" else boundary(len(trials.told))
-        if mark < MIN_RESULTS:
-            mark = 0
-        if mark not in self._fits:
-            ids, points = observed(trials, self._evidence.squash, mark)
-            known = [trials.trial(c) for c in ids]
-            parameters = self._prior
-            if len(known) > 1:
-                parameters = fit(
-                    self._prior,
-                    self._member,
-                    self._evidence.rows(known),
-                    self.prior_level(known),
-                    points,
-                    max_fidelity=self._space.max_fidelity,
-                    rise=self._rise,
-                )
-            self._fits = {0: self._prior, mark: parameters}
-            self._cross.clear()
-        return mark, self._fits[mark]
-
-    def _kernel(
-        self,
-        parameters: Parameters,
-        mark: int,
-        known: Sequence[Trial],
-        every: Sequence[Trial],
-        rows: Array,
-    ) -> Array:
-        """k(x, x') between known configurations and candidates, (c, n); rows are kept as memos."""
-        if len(every) < 64:
-            return config_kernel(parameters, self._member, self._evidence.rows(known), rows)
-        missing = [t for t in known if (mark, len(every), t.config_id) not in self._cross]
-        if missing:
-            fresh = config_kernel(parameters, self._member, self._evidence.rows(missing), rows)
-            for trial, row in zip(missing, fresh, strict=True):
-                self._cross[mark, len(every), trial.config_id] = row
-        found = [self._cross[mark, len(every), t.config_id] for t in known]
-        return np.array(found).reshape(len(known), len(every))
-
-    def _diagonal(self, parameters: Parameters, every: Sequence[Trial]) -> Array:
-        return np.full(len(every), parameters.deep + float(parameters.groups.sum()))
-
-    # --- beliefs before data -------------------------------------------------------------------
-
-    def prior_level(self, every: Sequence[Trial]) -> Array:
-        """Prior mean of u at T, (n,): model card and rules of thumb; flat without meta-learning."""
-        if not self._options.meta_learning:
-            return np.zeros(len(every))
-        accuracy = {card.name: card.accuracy for card in (self._hub.cards if self._hub else ())}
-        known = [value for value in accuracy.values() if value is not None]
-        middle = sorted(known)[len(known) // 2] if known else 0.0
-        return np.array([_rule_of_thumb(t.config, accuracy, middle) for t in every])
+    # --- the pool ------------------------------------------------------------------------------
 
     def grow(self, trials: Trials) -> None:
         """After a result: at boundaries, add mutations of the best configurations to the pool."""
@@ -433,23 +278,3 @@ class QuickTune:
                 if key(config) not in seen:
                     seen.add(key(config))
                     trials.add([config])
-
-
-def _rule_of_thumb(
-    config: Mapping[str, object], accuracy: Mapping[str, float | None], middle: float
-) -> float:
-    """Logits that a card and common sense are worth.
-
-    Learning rate and optimizer: the means by value over the public Quick-Tune micro runs
-    (10-optimizer 10), as a parabola in log10 lr and an offset for plain SGD.
-    """
-    level = 0.5
-    card = accuracy.get(str(config.get("model")))
-    if card is not None:
-        level += 5.0 * (card - middle)
-    lr = config.get("lr")
-    if isinstance(lr, float | int) and lr > 0:
-        level -= 0.4 * (math.log10(lr) + 3.1) ** 2
-    if config.get("opt") == "sgd":
-        level -= 0.5
-    return level

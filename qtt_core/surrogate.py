@@ -20,7 +20,7 @@ never sees seconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,12 @@ LOWEST = 0.02
 
 WIGGLE_LENGTH = 0.3
 """Correlation length of a curve's own wiggles, in tau."""
+
+GRID = (0.0, 0.18, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
+"""Points of the clock tau at which a configuration's mean course is kept; linear in between."""
+
+RISE_PER_E_FOLD = 0.4
+"""Prior: logits won when training is e times as long."""
 
 MAIN_EFFECT_SCALE = 0.6
 """Length scale of a main effect; columns lie in [-1, 1], another category is 1.4 away."""
@@ -91,6 +97,13 @@ class Squash:
         y = np.clip(self.to_score(u), 0.5 / self.n_val, 1 - 0.5 / self.n_val)
         variance = y * (1 - y) / self.n_val / np.maximum(self.slope(u), 1e-3) ** 2
         return np.asarray(np.minimum(variance, 1.0))
+
+
+def squash_of(metafeatures: Mapping[str, float]) -> Squash:
+    """Chance level and resolution of a data set, where its descriptors name them."""
+    classes = metafeatures.get("num_classes")
+    chance = 1 / classes if classes and classes > 1 else 0.0
+    return Squash(chance=chance, n_val=metafeatures.get("n_val"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +216,21 @@ def progress(epoch: Array, max_fidelity: int) -> Array:
     return np.asarray(np.log(np.maximum(epoch, 1.0)) / math.log(max_fidelity))
 
 
+def straight(level: Array, max_fidelity: int) -> Array:
+    """The mean course of curves that end at `level` (n,), before any was seen; (n, G)."""
+    rise = RISE_PER_E_FOLD * math.log(max(max_fidelity, 1))
+    return np.asarray(level[:, None] - rise * (1 - np.array(GRID)))
+
+
+def course(trend: Array, tau: Array) -> Array:
+    """The mean course at one point of the clock each, (n,), from its values on GRID (n, G)."""
+    grid = np.array(GRID)
+    right = np.clip(np.searchsorted(grid, tau, side="left"), 1, len(grid) - 1)
+    share = (tau - grid[right - 1]) / (grid[right] - grid[right - 1])
+    line = np.arange(len(tau))
+    return np.asarray(trend[line, right - 1] * (1 - share) + trend[line, right] * share)
+
+
 def curve_kernel(p: Parameters, kx: Array, same: Array, tau: Array, other: Array) -> Array:
     """k((x, t), (x', t')), (n, m), from k(x, x'), whether x = x', and both progresses."""
     hh = (1 - tau)[:, None] * (1 - other)[None, :]
@@ -214,7 +242,7 @@ def curve_kernel(p: Parameters, kx: Array, same: Array, tau: Array, other: Array
 class CurveModel:
     """The process under fixed parameters, conditioned on rows. Immutable once built.
 
-    `x` (c, D) are the configurations that the rows refer to; `prior_mean` (c,) their prior level.
+    `x` (c, D) are the configurations that the rows refer to; `trend` (c, G) their mean course.
     """
 
     def __init__(
@@ -222,13 +250,12 @@ class CurveModel:
         parameters: Parameters,
         member: NDArray[np.intp],
         max_fidelity: int,
-        rise: float,
         x: Array,
-        prior_mean: Array,
+        trend: Array,
         rows: Rows,
     ) -> None:
         self.parameters, self.member, self.max_fidelity = parameters, member, max_fidelity
-        self.rise, self.x, self.rows = rise, x, rows
+        self.x, self.rows = x, rows
         self._tau = progress(rows.epoch, max_fidelity)
         own = config_kernel(parameters, member, x, x)
         index = rows.index
@@ -236,13 +263,13 @@ class CurveModel:
         covariance = curve_kernel(parameters, own[np.ix_(index, index)], same, self._tau, self._tau)
         covariance[np.diag_indices(len(index))] += parameters.noise + rows.noise
         self._lower = factor(covariance)
-        self._residual = rows.u - (prior_mean[index] - rise * (1 - self._tau))
+        self._residual = rows.u - course(trend[index], self._tau)
 
     def predict(
         self,
         kx: Array,
         identity: NDArray[np.intp],
-        prior_mean: Array,
+        trend: Array,
         diagonal: Array,
         epoch: Array,
     ) -> tuple[Array, Array]:
@@ -254,7 +281,7 @@ class CurveModel:
         tau = progress(epoch, self.max_fidelity)
         h2 = (1 - tau) ** 2
         p = self.parameters
-        level = prior_mean - self.rise * (1 - tau)
+        level = course(trend, tau)
         variance = p.level_common + p.slope_common * h2 + diagonal * (1 + p.slope_x * h2)
         variance = variance + p.level_own + p.slope_own * h2 + p.wiggle
         if len(self.rows.index) == 0:

@@ -145,6 +145,10 @@ class Trials:
             self._started.append(proposal.config_id)
         self.trial(proposal.config_id).pending_to = proposal.fidelity_to
 
+    def tentative(self, config_id: int) -> Proposal | None:
+        """The proposal of a configuration that was asked for and not recorded yet."""
+        return self._tentative.get(config_id)
+
     def retract(self) -> None:
         """Forget the proposals that were asked for and never opened or told."""
         for config_id in self._tentative:

@@ -6,7 +6,7 @@ import pytest
 from qtt_core.deep_kernel import DeepKernel, Samples, curve_row, start
 from qtt_core.deep_kernel import fit as fit_deep
 from qtt_core.encoding import build_encoder
-from qtt_core.fitting import fit
+from qtt_core.fitting import Curves, fit
 from qtt_core.gaussian import factor, posterior
 from qtt_core.hub import load_hub
 from qtt_core.pool import generator
@@ -20,6 +20,7 @@ from qtt_core.surrogate import (
     groups_of,
     prior_parameters,
     progress,
+    straight,
 )
 
 HUB = load_hub("timm24")
@@ -45,16 +46,24 @@ def data(count=12, epochs=4, seed=0):
     return x, Rows(index=index.astype(np.intp), epoch=epoch, u=u, noise=np.zeros(len(u)))
 
 
+def trend(count):
+    return straight(np.full(count, 0.5), T)
+
+
 def model_of(x, rows, parameters=PRIOR):
-    return CurveModel(parameters, MEMBER, T, 0.9, x, np.full(len(x), 0.5), rows)
+    return CurveModel(parameters, MEMBER, T, x, trend(len(x)), rows)
+
+
+def fitted(x, rows, **options):
+    curves = Curves(x=x, trend=trend(len(x)), rows=rows)
+    return fit(PRIOR, MEMBER, [curves], max_fidelity=T, **options)
 
 
 def predict(model, x, identity, epoch):
     kx = config_kernel(model.parameters, MEMBER, model.x, x)
     diagonal = np.full(len(x), model.parameters.deep + model.parameters.groups.sum())
-    level = np.full(len(x), 0.5)
     return model.predict(
-        kx, np.asarray(identity, dtype=np.intp), level, diagonal, np.asarray(epoch)
+        kx, np.asarray(identity, dtype=np.intp), trend(len(x)), diagonal, np.asarray(epoch)
     )
 
 
@@ -70,8 +79,9 @@ def test_predictions_agree_with_a_dense_inverse():
     k = curve_kernel(PRIOR, kx, index[:, None] == index[None, :], tau, tau)
     n = len(rows.u)
     inverse = np.linalg.inv(k[:n, :n] + PRIOR.noise * np.eye(n))
-    residual = rows.u - (0.5 - 0.9 * (1 - tau[:n]))
-    dense = 0.5 - 0.9 * (1 - tau[n:]) + k[n:, :n] @ inverse @ residual
+    rise = 0.4 * np.log(T)
+    residual = rows.u - (0.5 - rise * (1 - tau[:n]))
+    dense = 0.5 - rise * (1 - tau[n:]) + k[n:, :n] @ inverse @ residual
     variance = np.diag(k[n:, n:] - k[n:, :n] @ inverse @ k[:n, n:])
     assert mean == pytest.approx(dense, abs=1e-8)
     assert sd**2 == pytest.approx(variance, abs=1e-8)
@@ -112,7 +122,7 @@ def test_without_data_the_prior_answers():
 
 def test_fitting_explains_held_out_configurations_better():
     x, rows = data(30)
-    parameters = fit(PRIOR, MEMBER, x, np.full(30, 0.5), rows, max_fidelity=T, rise=0.9)
+    parameters = fitted(x, rows)
     held_x, held = data(40, seed=3)
     last = np.flatnonzero(held.epoch == 4)
 
@@ -126,10 +136,7 @@ def test_fitting_explains_held_out_configurations_better():
 
 def test_fitting_is_repeatable_to_the_bit():
     x, rows = data()
-    a, b = (
-        fit(PRIOR, MEMBER, x, np.full(12, 0.5), rows, max_fidelity=T, rise=0.9, steps=5)
-        for _ in range(2)
-    )
+    a, b = (fitted(x, rows, steps=5) for _ in range(2))
     assert a.noise == b.noise
     assert np.array_equal(a.groups, b.groups)
     assert np.array_equal(a.hidden, b.hidden)
@@ -161,7 +168,7 @@ def test_identical_rows_and_constant_scores_do_not_break_anything():
     x, rows = data()
     same = np.repeat(x[:1], 12, 0)
     flat = Rows(index=rows.index, epoch=rows.epoch, u=np.full(len(rows.u), -3.9), noise=rows.noise)
-    parameters = fit(PRIOR, MEMBER, same, np.full(12, 0.5), flat, max_fidelity=T, rise=0.9)
+    parameters = fitted(same, flat)
     mean, sd = predict(model_of(same, flat, parameters), x, [-1] * 12, [10.0] * 12)
     assert np.all(np.isfinite(mean))
     assert np.all(np.isfinite(sd))

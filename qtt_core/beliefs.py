@@ -1,0 +1,149 @@
+"""What is believed of a configuration before this data set has shown anything.
+
+Cold: model cards and rules of thumb. Warm: a meta-learned prior. `forecast`, `evidence` and
+`policy` read both alike; what is measured afterwards corrects them.
+
+    n   configurations        G   points of the clock (surrogate.GRID)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from qtt_core.encoding import Array, Encoder
+from qtt_core.hub import Hub
+from qtt_core.prior import MetaPrior
+from qtt_core.steps import Config
+from qtt_core.surrogate import Parameters, groups_of, prior_parameters, straight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostBelief:
+    """Log seconds of an epoch, (n,), how far its level is off, and how far single ones are."""
+
+    log_seconds: Array
+    level_sd: float
+    sd: float
+
+
+class Beliefs(Protocol):
+    """Pure functions of configurations."""
+
+    def trend(self, configs: Sequence[Config]) -> Array:
+        """Mean course of u, (n, G)."""
+
+    def parameters(self, encoder: Encoder, seed: int) -> Parameters:
+        """Of the curve process, before anything was fitted."""
+
+    def cost(self, configs: Sequence[Config]) -> CostBelief | None:
+        """None: nothing is known of seconds."""
+
+    def finish(self, configs: Sequence[Config]) -> Array | None:
+        """P(finish), (n,); None: nothing is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColdBeliefs:
+    """Cards and common sense; flat with `meta_learning` off."""
+
+    hub: Hub | None
+    max_fidelity: int
+    meta_learning: bool = True
+
+    def trend(self, configs: Sequence[Config]) -> Array:
+        """Curves of one shape that end where card and learning rate say."""
+        return straight(self._level(configs), self.max_fidelity)
+
+    def parameters(self, encoder: Encoder, seed: int) -> Parameters:
+        """The process' own prior."""
+        return prior_parameters(encoder, seed)
+
+    def cost(self, configs: Sequence[Config]) -> CostBelief | None:
+        """Nothing: the cost model has its own prior by column."""
+
+    def finish(self, configs: Sequence[Config]) -> Array | None:
+        """Nothing: the failure model has its own rate."""
+
+    def _level(self, configs: Sequence[Config]) -> Array:
+        if not self.meta_learning:
+            return np.zeros(len(configs))
+        accuracy = {card.name: card.accuracy for card in (self.hub.cards if self.hub else ())}
+        known = [value for value in accuracy.values() if value is not None]
+        middle = sorted(known)[len(known) // 2] if known else 0.0
+        return np.array([_rule_of_thumb(config, accuracy, middle) for config in configs])
+
+
+def _rule_of_thumb(
+    config: Mapping[str, object], accuracy: Mapping[str, float | None], middle: float
+) -> float:
+    """Logits that a card and common sense are worth.
+
+    Learning rate and optimizer: the means by value over the public Quick-Tune micro runs
+    (10-optimizer 10), as a parabola in log10 lr and an offset for plain SGD.
+    """
+    level = 0.5
+    card = accuracy.get(str(config.get("model")))
+    if card is not None:
+        level += 5.0 * (card - middle)
+    lr = config.get("lr")
+    if isinstance(lr, float | int) and lr > 0:
+        level -= 0.4 * (math.log10(lr) + 3.1) ** 2
+    if config.get("opt") == "sgd":
+        level -= 0.5
+    return level
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmBeliefs:
+    """A meta-learned prior, asked about one data set."""
+
+    prior: MetaPrior
+    metafeatures: Mapping[str, float]
+
+    def trend(self, configs: Sequence[Config]) -> Array:
+        """The prior's."""
+        return self.prior.trend(configs, self.metafeatures)
+
+    def parameters(self, encoder: Encoder, seed: int) -> Parameters:
+        """The prior's, by column name; columns it has never seen begin as in a cold start."""
+        return adapted(self.prior.parameters, self.prior.columns, encoder, seed)
+
+    def cost(self, configs: Sequence[Config]) -> CostBelief | None:
+        """The prior's."""
+        if "seconds" not in self.prior.forests:
+            return None
+        return CostBelief(
+            log_seconds=self.prior.log_seconds(configs, self.metafeatures),
+            level_sd=self.prior.pace.sd,
+            sd=self.prior.seconds_sd,
+        )
+
+    def finish(self, configs: Sequence[Config]) -> Array | None:
+        """The prior's."""
+        if "finish" not in self.prior.forests:
+            return None
+        return self.prior.finish(configs, self.metafeatures)
+
+
+def adapted(learned: Parameters, columns: Sequence[str], encoder: Encoder, seed: int) -> Parameters:
+    """Learned parameters of one encoder, for another that shares column names."""
+    if tuple(columns) == encoder.columns:
+        return learned
+    start = prior_parameters(encoder, seed)
+    here, _ = groups_of(encoder)
+    there, _ = groups_of(replace(encoder, columns=tuple(columns)))
+    known = {name: float(learned.groups[i]) for i, name in enumerate(there)}
+    position = {name: i for i, name in enumerate(columns)}
+    at = [position.get(name) for name in encoder.columns]
+    pairs = list(zip(at, range(len(at)), strict=True))
+    return replace(
+        learned,
+        groups=np.array([known.get(n, g) for n, g in zip(here, start.groups, strict=True)]),
+        scales=np.array([start.scales[j] if i is None else learned.scales[i] for i, j in pairs]),
+        hidden=np.array([start.hidden[j] if i is None else learned.hidden[i] for i, j in pairs]),
+    )

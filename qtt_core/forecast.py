@@ -1,0 +1,182 @@
+"""The curve process on one search: fitted at fixed counts of results, conditioned on all of them.
+
+Between the process (`surrogate`) and the choice (`policy`). It remembers nothing but memos of pure
+functions of the told results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qtt_core.beliefs import Beliefs
+from qtt_core.encoding import Array
+from qtt_core.evidence import Evidence, boundary, observed
+from qtt_core.fitting import Curves, fit
+from qtt_core.surrogate import CurveModel, Parameters, Rows, config_kernel, groups_of
+from qtt_core.trials import Trial, Trials, smoothed
+
+MIN_RESULTS = 8
+"""Before as many results, parameters are the prior's."""
+MEMO_FROM = 64
+"""Rows of the kernel against at least as many candidates are kept: the pool asks again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditioned:
+    """The process given everything told: what it was fitted to, and on whom it rests."""
+
+    mark: int
+    parameters: Parameters
+    known: Sequence[Trial]
+    trend: Array
+    points: Rows
+    model: CurveModel
+
+    @property
+    def place(self) -> dict[int, int]:
+        """Configuration -> its index in `known`."""
+        return {trial.config_id: i for i, trial in enumerate(self.known)}
+
+
+class Forecaster:
+    """Asked for the score that each configuration will have reached at an epoch."""
+
+    def __init__(
+        self, evidence: Evidence, beliefs: Beliefs, *, seed: int, max_fidelity: int, refit: bool
+    ) -> None:
+        self._evidence, self._beliefs, self._refit = evidence, beliefs, refit
+        self._max_fidelity = max_fidelity
+        _, self._member = groups_of(evidence.encoder)
+        self._prior = beliefs.parameters(evidence.encoder, seed)
+        self._fits: dict[int, Parameters] = {0: self._prior}
+        self._cross: dict[tuple[int, int, int], Array] = {}
+        self._trends: dict[int, Array] = {}
+
+    def warm_up(self, trials: Trials) -> None:
+        """Fit now what the next ask needs."""
+        self._parameters(trials)
+
+    def forecast(self, trials: Trials, trial: Trial, epochs: Sequence[int]) -> tuple[Array, Array]:
+        """Mean and epistemic deviation of u at further epochs of one configuration."""
+        every = [trial] * len(epochs)
+        mean, sd, _ = self.predict(trials, every, np.array(epochs, dtype=np.float64))
+        return mean, sd
+
+    def standing(self, trials: Trials) -> list[tuple[float, Trial, int]]:
+        """(posterior mean of u, configuration, epoch) where training has been: noise taken out.
+
+        The epochs asked about are each curve's last and the middle of its best stretch.
+        """
+        return self._standing(self._conditioned(trials, ()))
+
+    def predict(
+        self, trials: Trials, every: Sequence[Trial], horizon: Array
+    ) -> tuple[Array, Array, float]:
+        """Mean and deviation of u at each horizon, and the noise-aware incumbent, in u."""
+        pending = [t for t in trials.pending() if t.t < (t.pending_to or 0)]
+        state = self._conditioned(trials, pending)
+        best = max((u for u, _, _ in self._standing(state)), default=-math.inf)
+        if pending:
+            state = self._fantasised(state, pending)
+        mean, sd = self._ask(state, every, horizon)
+        if not len(state.points.u):
+            best = float(np.min(mean))  # nothing to beat yet: rank by mean and price
+        return mean, sd, best
+
+    # --- parts -------------------------------------------------------------------------------
+
+    def _conditioned(self, trials: Trials, pending: Sequence[Trial]) -> Conditioned:
+        mark, parameters = self._parameters(trials)
+        ids, points = observed(trials, self._evidence.squash)
+        known = [trials.trial(c) for c in ids]
+        known += [t for t in pending if t.config_id not in set(ids)]
+        trend = self.trend(known)
+        model = self._model(parameters, known, trend, points)
+        return Conditioned(
+            mark=mark, parameters=parameters, known=known, trend=trend, points=points, model=model
+        )
+
+    def _model(
+        self, parameters: Parameters, known: Sequence[Trial], trend: Array, points: Rows
+    ) -> CurveModel:
+        x = self._evidence.rows(known)
+        return CurveModel(parameters, self._member, self._max_fidelity, x, trend, points)
+
+    def _ask(
+        self, state: Conditioned, every: Sequence[Trial], epochs: Array
+    ) -> tuple[Array, Array]:
+        place = state.place
+        identity = np.array([place.get(t.config_id, -1) for t in every], dtype=np.intp)
+        diagonal = np.full(len(every), state.parameters.deep + float(state.parameters.groups.sum()))
+        kx = self._kernel(state, every)
+        return state.model.predict(kx, identity, self.trend(every), diagonal, epochs)
+
+    def _standing(self, state: Conditioned) -> list[tuple[float, Trial, int]]:
+        ran = [t for t in state.known if t.scores]
+        at = [(t, epoch) for t in ran for epoch in sorted({t.t, smoothed(t.scores)[0]})]
+        if not at:
+            return []
+        epochs = np.array([epoch for _, epoch in at], dtype=np.float64)
+        mean, _ = self._ask(state, [t for t, _ in at], epochs)
+        return [(float(u), trial, epoch) for u, (trial, epoch) in zip(mean, at, strict=True)]
+
+    def _fantasised(self, state: Conditioned, pending: Sequence[Trial]) -> Conditioned:
+        """As if pending jobs had shown their predicted mean (kriging believer)."""
+        place, points = state.place, state.points
+        index = np.array([place[t.config_id] for t in pending], dtype=np.intp)
+        epoch = np.array([t.pending_to for t in pending], dtype=np.float64)
+        u, _ = self._ask(state, pending, epoch)
+        rows = Rows(
+            index=np.concatenate([points.index, index]),
+            epoch=np.concatenate([points.epoch, epoch]),
+            u=np.concatenate([points.u, u]),
+            noise=np.concatenate([points.noise, self._evidence.squash.noise(u)]),
+        )
+        model = self._model(state.parameters, state.known, state.trend, rows)
+        return replace(state, points=rows, model=model)
+
+    def _parameters(self, trials: Trials) -> tuple[int, Parameters]:
+        """(boundary, parameters fitted to the history up to it)."""
+        mark = boundary(len(trials.told)) if self._refit else 0
+        if mark < MIN_RESULTS:
+            mark = 0
+        if mark not in self._fits:
+            ids, points = observed(trials, self._evidence.squash, mark)
+            known = [trials.trial(c) for c in ids]
+            parameters = self._prior
+            if len(known) > 1:
+                curves = Curves(x=self._evidence.rows(known), trend=self.trend(known), rows=points)
+                parameters = fit(
+                    self._prior, self._member, [curves], max_fidelity=self._max_fidelity
+                )
+            self._fits = {0: self._prior, mark: parameters}
+            self._cross.clear()
+        return mark, self._fits[mark]
+
+    def trend(self, every: Sequence[Trial]) -> Array:
+        """Mean course of each configuration before data, (n, G); memos of a pure function."""
+        missing = [trial for trial in every if trial.config_id not in self._trends]
+        if missing:
+            fresh = self._beliefs.trend([trial.config for trial in missing])
+            self._trends |= {t.config_id: row for t, row in zip(missing, fresh, strict=True)}
+        if not every:
+            return self._beliefs.trend([])
+        return np.array([self._trends[trial.config_id] for trial in every])
+
+    def _kernel(self, state: Conditioned, every: Sequence[Trial]) -> Array:
+        """k(x, x') between known configurations and candidates, (c, n)."""
+        rows, known = self._evidence.rows, state.known
+        if len(every) < MEMO_FROM:
+            return config_kernel(state.parameters, self._member, rows(known), rows(every))
+        width = len(every)
+        missing = [t for t in known if (state.mark, width, t.config_id) not in self._cross]
+        if missing:
+            fresh = config_kernel(state.parameters, self._member, rows(missing), rows(every))
+            for trial, row in zip(missing, fresh, strict=True):
+                self._cross[state.mark, width, trial.config_id] = row
+        found = [self._cross[state.mark, width, t.config_id] for t in known]
+        return np.array(found).reshape(len(known), width)

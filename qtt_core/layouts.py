@@ -1,0 +1,140 @@
+"""Reads meta-data in layouts that others publish, into `MetaDataset` (10-optimizer 9.1, 9.2, 10).
+
+Each reader applies the layout's own rules, so that what was a fault of an old harness, a filler or
+a dry run never becomes something learned.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from qtt_core.errors import Fault, SpecError
+from qtt_core.hub import load_hub
+from qtt_core.metadataset import CENSORED, DIVERGED, FAILED, OK, MetaDataset
+from qtt_core.space import build_space
+from qtt_core.steps import Scalar
+
+EPOCHS = 50
+FUSED_BATCHNORM = ("mobilevit", "tf_efficientnet")
+"""Their activation was lost when the old harness replaced the normalisation (stoch_norm)."""
+MICRO_TRAIN, MICRO_VAL = 478, 160
+"""Images of a micro data set, mean over the published ones."""
+PLAIN = (
+    "model", "batch_size", "bss_reg", "cotuning_reg", "cutmix", "delta_reg", "drop", "lr", "mixup",
+    "mixup_prob", "opt", "pct_to_freeze", "sched", "smoothing", "sp_reg", "warmup_epochs",
+    "warmup_lr", "weight_decay",
+)  # fmt: skip
+"""Columns whose values are the hyperparameter's."""
+
+
+def from_runs_csv(path: Path) -> MetaDataset:
+    """The 1,308 published micro runs: one run a row, only the last epoch's score is known.
+
+    Left out: dry runs, runs that never trained, and what three faults of the old harness spoiled.
+    Seconds of nodes without an accelerator are left out too. Raises: OSError; SpecError for a
+    file of another layout.
+    """
+    hub = load_hub("timm24")
+    space = build_space("quicktune-v1", hub, max_fidelity=EPOCHS)
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"run", "dataset", "epochs_done", "top1", *PLAIN} <= rows[0].keys():
+        raise SpecError([Fault(str(path), "header", "is not the table of micro runs")])
+    kept = [(row, state) for row in rows if (state := _state(row)) is not None]
+    curves = np.full((len(kept), EPOCHS), np.nan, dtype=np.float32)
+    seconds = np.full((len(kept), EPOCHS), np.nan, dtype=np.float32)
+    for i, (row, state) in enumerate(kept):
+        if state == OK:
+            curves[i, -1] = float(row["top1"]) / 100
+        if row["device"] != "cpu" and row["train_seconds_per_epoch"]:
+            spent = float(row["train_seconds_per_epoch"]) + float(
+                row["eval_seconds_per_epoch"] or 0
+            )
+            seconds[i, -1] = spent if math.isfinite(spent) else np.nan
+    return MetaDataset(
+        space=space,
+        configs=tuple(space.canonical(_config(row)) for row, _ in kept),
+        curves=curves,
+        seconds=seconds,
+        states=tuple(state for _, state in kept),
+        datasets=tuple(row["dataset"] for row, _ in kept),
+        metafeatures={
+            row["dataset"]: {
+                "n_train": float(MICRO_TRAIN), "n_val": float(MICRO_VAL),
+                "num_classes": float(row["num_classes"]),
+            }
+            for row, _ in kept
+        },
+        hub=hub,
+        source="Quick-Tune meta-data set, micro (Pineda Arango et al., ICLR 2024)",
+    )  # fmt: skip
+
+
+def _state(row: Mapping[str, str]) -> str | None:
+    """How a run ended, as a trainer without the old faults would say; None: says nothing."""
+    epochs, top1 = int(row["epochs_done"] or 0), row["top1"]
+    losses = [row["train_loss"], row["eval_loss"]]
+    broken = any(text.lower() == "nan" for text in losses)
+    fused = row["stoch_norm"] == "true" and row["model"].startswith(FUSED_BATCHNORM)
+    half_time = row["linear_probing"] == "true" and epochs < EPOCHS
+    if fused or half_time or (epochs == 1 and not broken):
+        return None
+    if epochs == EPOCHS and top1 and not broken:
+        return OK
+    if row["outcome"] == "OOM":
+        return FAILED
+    if row["outcome"] == "diverged" or (broken and epochs >= 1):
+        return DIVERGED
+    return CENSORED if epochs > 1 and row["train_seconds_per_epoch"] else None
+
+
+def _config(row: Mapping[str, str]) -> dict[str, Scalar]:
+    """A row's hyperparameters by the space's names; fillers of inactive ones are dropped."""
+    config: dict[str, Scalar] = {name: row[name] for name in PLAIN}
+    for name in ("amp", "stoch_norm"):
+        config[name] = row[name] == "true"
+    config["linear_probing"] = row["linear_probing"] == "true"
+    for name in ("clip_grad", "layer_decay"):
+        config[name] = row[name] or "none"
+    if row["final_batch_size"]:
+        config["batch_size"] = _nearest(float(row["final_batch_size"]))
+    config |= _augmentation(row) | _optimizer(row) | _schedule(row)
+    return config
+
+
+def _augmentation(row: Mapping[str, str]) -> dict[str, Scalar]:
+    if row["auto_augment"]:
+        return {"data_augmentation": "auto_augment", "auto_augment": row["auto_augment"]}
+    if row["random_augment"] == "true":
+        return {
+            "data_augmentation": "random_augment",
+            "ra_num_ops": row["ra_num_ops"], "ra_magnitude": row["ra_magnitude"],
+        }  # fmt: skip
+    trivial = row["trivial_augment"] == "true"
+    return {"data_augmentation": "trivial_augment" if trivial else "none"}
+
+
+def _optimizer(row: Mapping[str, str]) -> dict[str, Scalar]:
+    if row["opt"] == "momentum":
+        return {"momentum": row["momentum"]}
+    if row["opt_betas"]:
+        first, second = json.loads(row["opt_betas"])
+        return {"opt_betas": f"({first:g}, {second:g})"}
+    return {}
+
+
+def _schedule(row: Mapping[str, str]) -> dict[str, Scalar]:
+    if row["sched"] in {"step", "multistep"}:
+        return {"decay_rate": row["decay_rate"], "decay_epochs": row["decay_epochs"]}
+    return {"patience_epochs": row["patience_epochs"]} if row["sched"] == "plateau" else {}
+
+
+def _nearest(batch: float) -> int:
+    """The batch of the space next to one that was halved until it fitted."""
+    return int(2 ** min(9, max(1, round(math.log2(max(batch, 1.0))))))

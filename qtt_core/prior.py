@@ -1,0 +1,216 @@
+"""What earlier data sets say of a new one: the meta-learned start of the default optimizer.
+
+Made by `metatrain`, read by `policy` when a search begins (10-optimizer 5.3). It predicts, from a
+configuration and the descriptors of the data set, the course of the squashed score, seconds and the
+chance to finish, and says how far such predictions are off: the curve process corrects them online.
+
+    u(x, t) = level of the data set + b l(x, m) - s_x(tau)      trend, in logits (surrogate.Squash)
+    l   how a configuration stands among others on data like these            (forest, one output)
+    s   how far below its end it is at each point of the clock tau            (forest, G outputs)
+    log seconds = level of the data set + w . x + c(x)                        (forest, one output)
+    P(finish) = f(x)                                                          (forest, one output)
+
+Stored as one npz and a JSON card; never a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qtt_core.encoding import Array, build_encoder
+from qtt_core.errors import Fault, SpecError
+from qtt_core.forest import Forest
+from qtt_core.hub import Hub
+from qtt_core.metadataset import hub_from_json, space_from_json, space_to_json
+from qtt_core.space import SearchSpace
+from qtt_core.steps import Config
+from qtt_core.surrogate import Parameters, straight
+
+SCHEMA = 1
+WEIGHTS, CARD = "prior.npz", "card.json"
+FOREST_NAMES = ("level", "shape", "seconds", "finish")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """value ~ intercept + weights . (metafeatures - centre) / scale, `sd` off on new data."""
+
+    centre: Array
+    scale: Array
+    weights: Array
+    intercept: float
+    sd: float
+
+    def __call__(self, row: Array) -> float:
+        """The prediction for one data set; what is missing counts as average."""
+        centred = np.nan_to_num((row - self.centre) / self.scale, nan=0.0)
+        return float(self.intercept + np.clip(centred, -3, 3) @ self.weights)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetaPrior:
+    """A transfer prior; immutable. `name` is what a log says of it."""
+
+    space: SearchSpace
+    hub: Hub | None
+    descriptors: tuple[str, ...]
+    """Metafeatures it knows, sorted; others are ignored."""
+    columns: tuple[str, ...]
+    """Of the rows that `parameters` belongs to."""
+    forests: Mapping[str, Forest]
+    slope: float
+    """Logits that one unit of predicted standing is worth, on data sets never seen."""
+    difficulty: Linear
+    """Level of a data set, in logits."""
+    pace: Linear
+    """Mean log seconds of an epoch on a data set."""
+    seconds_weights: Array
+    """w, one for each column of `rows`: factors of seconds multiply."""
+    seconds_sd: float
+    """Deviation of log seconds around the prediction, the data set's level known."""
+    parameters: Parameters
+    """Of the curve process on what the trend leaves unexplained."""
+    name: str = ""
+    card: Mapping[str, Any] = field(default_factory=dict)
+    """Tasks, digests and figures on held-out data sets; for people."""
+
+    def describe(self, metafeatures: Mapping[str, float]) -> Array:
+        """Descriptors of a data set as a row (M,), log-scaled; NaN = missing."""
+        return describe(self.descriptors, metafeatures)
+
+    def rows(self, configs: Sequence[Config], metafeatures: Mapping[str, float]) -> Array:
+        """Inputs of the forests: configurations of any space that shares names, and the data."""
+        return rows(self.space, self.hub, self.descriptors, configs, metafeatures)
+
+    def trend(self, configs: Sequence[Config], metafeatures: Mapping[str, float]) -> Array:
+        """Mean of u at the points of GRID, (n, G)."""
+        x = self.rows(configs, metafeatures)
+        standing = self.forests["level"].predict(x)
+        level = self.difficulty(self.describe(metafeatures)) + self.slope * standing
+        if "shape" not in self.forests:
+            return straight(level[:, 0], self.space.max_fidelity)
+        return np.asarray(level - self.forests["shape"].predict(x))
+
+    def log_seconds(self, configs: Sequence[Config], metafeatures: Mapping[str, float]) -> Array:
+        """Log of the seconds of one epoch, (n,); zeros if it has never seen seconds."""
+        if "seconds" not in self.forests:
+            return np.zeros(len(configs))
+        x = self.rows(configs, metafeatures)
+        pace = self.pace(self.describe(metafeatures))
+        return pace + x @ self.seconds_weights + self.forests["seconds"].predict(x)[:, 0]
+
+    def finish(self, configs: Sequence[Config], metafeatures: Mapping[str, float]) -> Array:
+        """P(finish), (n,), within [0.02, 0.99]."""
+        if "finish" not in self.forests:
+            return np.full(len(configs), 0.9)
+        x = self.rows(configs, metafeatures)
+        return np.clip(self.forests["finish"].predict(x)[:, 0], 0.02, 0.99)
+
+    # --- files -------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write `prior.npz` and `card.json`. Raises: OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, NDArray[np.generic]] = {}
+        for name, forest in self.forests.items():
+            arrays |= {f"{name}/{key}": value for key, value in forest.arrays().items()}
+        for name, linear in (("difficulty", self.difficulty), ("pace", self.pace)):
+            arrays |= _arrays(name, linear)
+        arrays |= _arrays("parameters", self.parameters)
+        arrays["seconds_weights"] = self.seconds_weights
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # its stub knows no dict
+        content = buffer.getvalue()
+        (folder / WEIGHTS).write_bytes(content)
+        about = {
+            "schema": SCHEMA, "name": self.name, "space": space_to_json(self.space),
+            "hub": None if self.hub is None else self.hub.to_json(),
+            "descriptors": list(self.descriptors), "columns": list(self.columns),
+            "slope": self.slope, "seconds_sd": self.seconds_sd,
+            "files": {WEIGHTS: hashlib.sha256(content).hexdigest()}, "card": dict(self.card),
+        }  # fmt: skip
+        (folder / CARD).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(folder: Path) -> MetaPrior:
+        """What `save` wrote. Raises: SpecError if it is missing, damaged or of another schema."""
+        try:
+            about = json.loads((folder / CARD).read_text(encoding="utf-8"))
+            if about.get("schema") != SCHEMA:
+                raise _damaged(
+                    folder, f"schema {about.get('schema')!r}, this version reads {SCHEMA}"
+                )
+            content = (folder / WEIGHTS).read_bytes()
+            if hashlib.sha256(content).hexdigest() != about["files"][WEIGHTS]:
+                raise _damaged(folder, f"{WEIGHTS} does not match its digest")
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                return _parsed(about, arrays)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(folder, f"{type(error).__name__}: {error}") from error
+
+
+def describe(descriptors: Sequence[str], metafeatures: Mapping[str, float]) -> Array:
+    """sign(v) log(1 + |v|) of each descriptor, NaN where it is missing or not finite."""
+    values = [float(metafeatures.get(name, math.nan)) for name in descriptors]
+    return np.array(
+        [math.copysign(math.log1p(abs(v)), v) if math.isfinite(v) else math.nan for v in values]
+    )
+
+
+def rows(
+    space: SearchSpace,
+    hub: Hub | None,
+    descriptors: Sequence[str],
+    configs: Sequence[Config],
+    metafeatures: Mapping[str, float],
+) -> Array:
+    """Encoded configurations beside the data set's descriptors and their missing flags, (n, .).
+
+    Only n_train enters the encoder (updates an epoch, the batch that runs); it is always given, so
+    that columns never move.
+    """
+    described = describe(descriptors, metafeatures)
+    missing = np.isnan(described)
+    task = np.concatenate([np.where(missing, 0.0, described), missing.astype(np.float64)])
+    n_train = metafeatures.get("n_train", math.nan)
+    x = build_encoder(space, hub, {"n_train": n_train})(configs)
+    return np.hstack([x, np.broadcast_to(task, (len(x), len(task)))])
+
+
+def _arrays(prefix: str, record: Linear | Parameters) -> dict[str, NDArray[np.generic]]:
+    return {f"{prefix}/{f.name}": np.asarray(getattr(record, f.name)) for f in fields(record)}
+
+
+def _record(kind: type, prefix: str, arrays: Mapping[str, NDArray[Any]]) -> Any:
+    values = {f.name: arrays[f"{prefix}/{f.name}"] for f in fields(kind)}
+    return kind(**{k: v.astype(np.float64) if v.ndim else float(v) for k, v in values.items()})
+
+
+def _parsed(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> MetaPrior:
+    forests = {}
+    for name in FOREST_NAMES:
+        found = {k.split("/")[1]: arrays[k] for k in arrays if k.startswith(f"{name}/")}
+        if found:
+            forests[name] = Forest.from_arrays(found)
+    return MetaPrior(
+        space=space_from_json(about["space"]), hub=hub_from_json(about["hub"]),
+        descriptors=tuple(about["descriptors"]), columns=tuple(about["columns"]), forests=forests,
+        difficulty=_record(Linear, "difficulty", arrays), pace=_record(Linear, "pace", arrays),
+        slope=float(about["slope"]), seconds_weights=arrays["seconds_weights"].astype(np.float64),
+        seconds_sd=float(about["seconds_sd"]), parameters=_record(Parameters, "parameters", arrays),
+        name=str(about["name"]), card=about["card"],
+    )  # fmt: skip
+
+
+def _damaged(folder: Path, why: str) -> SpecError:
+    return SpecError([Fault(str(folder), why, "is no prior; make it with qtt metatrain")])
