@@ -98,8 +98,16 @@ class Hub:
         raise SpecError([_unknown_model("model", name, self)])
 
     def to_json(self) -> dict[str, Any]:
-        """{"name": …, "cards": [...]}; `parse_hub` reads it back."""
+        """{"name": …, "cards": [...]}; `from_json` reads it back."""
         return {"name": self.name, "cards": [card.to_json() for card in self.cards]}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Hub:
+        """A hub that was checked once; not `parse_hub`: a limit may have removed its default card.
+
+        Raises: SpecError for a card with a fault.
+        """
+        return cls(name=str(raw["name"]), cards=tuple(parse_card(card) for card in raw["cards"]))
 
     @property
     def digest(self) -> str:

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from qtt_core.encoding import Array
 from qtt_core.errors import Fault, SpecError
 from qtt_core.fields import raise_faults
-from qtt_core.hub import Hub, parse_card
+from qtt_core.hub import Hub
 from qtt_core.space import SearchSpace
 from qtt_core.steps import Config, canonical_json
 
@@ -252,7 +252,7 @@ def _parsed(
         states=tuple(row[1] for row in rows),
         datasets=tuple(tasks[row[0]] for row in rows),
         metafeatures={name: _numbers(values) for name, values in raw["tasks"].items()},
-        hub=hub_from_json(raw["hub"]),
+        hub=None if raw["hub"] is None else Hub.from_json(raw["hub"]),
         source=str(raw["source"]),
     )
 
@@ -277,13 +277,6 @@ def space_from_json(raw: Mapping[str, Any]) -> SearchSpace:
         max_fidelity=int(raw["max_fidelity"]),
         step=int(raw["step"]),
     )
-
-
-def hub_from_json(raw: Mapping[str, Any] | None) -> Hub | None:
-    """A hub as a file keeps it. Raises: SpecError, KeyError."""
-    if raw is None:
-        return None
-    return Hub(name=str(raw["name"]), cards=tuple(parse_card(card) for card in raw["cards"]))
 
 
 def _damaged(folder: Path, why: str) -> SpecError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ from qtt_core.beliefs import Beliefs, ColdBeliefs, WarmBeliefs
 from qtt_core.encoding import Encoder, build_encoder
 from qtt_core.errors import OptimizerError
 from qtt_core.evidence import Evidence
-from qtt_core.hub import Hub, parse_card
+from qtt_core.hub import Hub
 from qtt_core.paper_policy import QuickTunePaper
 from qtt_core.policy import QuickTuneRule
 from qtt_core.pool import draw, generator, initial_candidates
@@ -412,28 +413,7 @@ Builder = Callable[..., Optimizer]
 
 
 def _with(make_rule: RuleMaker) -> Builder:
-    def build(
-        space: SearchSpace,
-        *,
-        seed: int,
-        hub: Hub | None = None,
-        metafeatures: Mapping[str, float] | None = None,
-        prior: MetaPrior | None = None,
-        options: Options | None = None,
-        candidates: Sequence[Config] | None = None,
-    ) -> Optimizer:
-        return Optimizer(
-            space,
-            make_rule,
-            seed=seed,
-            hub=hub,
-            metafeatures=metafeatures,
-            prior=prior,
-            options=options,
-            candidates=candidates,
-        )
-
-    return build
+    return partial(Optimizer, make_rule=make_rule)
 
 
 def _paper(c: Context) -> QuickTunePaper:
@@ -460,9 +440,7 @@ ALGORITHMS: Mapping[str, Builder] = {
 
 def setup_space(setup: OptimizerSetup) -> tuple[SearchSpace, Hub]:
     """The space and hub that a setup describes. Raises: SpecError."""
-    # Not parse_hub: a limited hub may have lost its default card, and that is no fault.
-    cards = tuple(parse_card(card) for card in setup.hub["cards"])
-    hub = Hub(name=str(setup.hub["name"]), cards=cards)
+    hub = Hub.from_json(setup.hub)
     space = build_space(
         setup.space,
         hub,

@@ -31,7 +31,7 @@ from qtt_core.encoding import Array, build_encoder
 from qtt_core.errors import Fault, SpecError
 from qtt_core.forest import Forest
 from qtt_core.hub import Hub
-from qtt_core.metadataset import hub_from_json, space_from_json, space_to_json
+from qtt_core.metadataset import space_from_json, space_to_json
 from qtt_core.space import SearchSpace
 from qtt_core.steps import Config
 from qtt_core.surrogate import Parameters, straight
@@ -203,7 +203,8 @@ def _parsed(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Met
         if found:
             forests[name] = Forest.from_arrays(found)
     return MetaPrior(
-        space=space_from_json(about["space"]), hub=hub_from_json(about["hub"]),
+        space=space_from_json(about["space"]),
+        hub=None if about["hub"] is None else Hub.from_json(about["hub"]),
         descriptors=tuple(about["descriptors"]), columns=tuple(about["columns"]), forests=forests,
         difficulty=_record(Linear, "difficulty", arrays), pace=_record(Linear, "pace", arrays),
         slope=float(about["slope"]), seconds_weights=arrays["seconds_weights"].astype(np.float64),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qtt_core.errors import DataError
-from qtt_core.hub import Hub, parse_card
+from qtt_core.hub import Hub
 from qtt_core.jobs import JobDocument
 from qtt_core.plan import Identity
 from qtt_core.spec import API_VERSION, KIND, parse_manifest
@@ -60,9 +60,7 @@ def contents_of(record: RunRecord) -> RunContents:
         "spec": facts["spec"],
     }
     run = parse_manifest(manifest)
-    hub = Hub(
-        name=str(facts["hub"]["name"]), cards=tuple(parse_card(c) for c in facts["hub"]["cards"])
-    )
+    hub = Hub.from_json(facts["hub"])
     recorded = record.state.run
     identity = Identity(
         uid=str(facts["uid"]),
