@@ -22,15 +22,6 @@ from qtt_core.steps import Config
 from qtt_core.surrogate import Parameters, groups_of, prior_parameters, straight
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostBelief:
-    """Log seconds of an epoch, (n,), how far its level is off, and how far single ones are."""
-
-    log_seconds: Array
-    level_sd: float
-    sd: float
-
-
 class Beliefs(Protocol):
     """Pure functions of configurations."""
 
@@ -40,8 +31,12 @@ class Beliefs(Protocol):
     def parameters(self, encoder: Encoder, seed: int) -> Parameters:
         """Of the curve process, before anything was fitted."""
 
-    def cost(self, configs: Sequence[Config]) -> CostBelief | None:
-        """None: nothing is known of seconds."""
+    def log_seconds(self, configs: Sequence[Config]) -> Array | None:
+        """Log seconds of an epoch, (n,); None: nothing is known."""
+
+    @property
+    def seconds_sd(self) -> tuple[float, float]:
+        """How far the level of `log_seconds` is off on a new data set, and how far single ones."""
 
     def finish(self, configs: Sequence[Config]) -> Array | None:
         """P(finish), (n,); None: nothing is known."""
@@ -63,8 +58,13 @@ class ColdBeliefs:
         """The process' own prior."""
         return prior_parameters(encoder, seed)
 
-    def cost(self, configs: Sequence[Config]) -> CostBelief | None:
+    def log_seconds(self, configs: Sequence[Config]) -> Array | None:
         """Nothing: the cost model has its own prior by column."""
+
+    @property
+    def seconds_sd(self) -> tuple[float, float]:
+        """Nothing."""
+        return math.inf, math.inf
 
     def finish(self, configs: Sequence[Config]) -> Array | None:
         """Nothing: the failure model has its own rate."""
@@ -113,15 +113,16 @@ class WarmBeliefs:
         """The prior's, by column name; columns it has never seen begin as in a cold start."""
         return adapted(self.prior.parameters, self.prior.columns, encoder, seed)
 
-    def cost(self, configs: Sequence[Config]) -> CostBelief | None:
+    def log_seconds(self, configs: Sequence[Config]) -> Array | None:
         """The prior's."""
         if "seconds" not in self.prior.forests:
             return None
-        return CostBelief(
-            log_seconds=self.prior.log_seconds(configs, self.metafeatures),
-            level_sd=self.prior.pace.sd,
-            sd=self.prior.seconds_sd,
-        )
+        return self.prior.log_seconds(configs, self.metafeatures)
+
+    @property
+    def seconds_sd(self) -> tuple[float, float]:
+        """The prior's."""
+        return self.prior.pace.sd, self.prior.seconds_sd
 
     def finish(self, configs: Sequence[Config]) -> Array | None:
         """The prior's."""

@@ -21,7 +21,6 @@ from statistics import median
 
 import numpy as np
 
-from qtt_core.beliefs import Beliefs, CostBelief
 from qtt_core.encoding import Array, Encoder
 from qtt_core.trials import Trial
 
@@ -53,16 +52,19 @@ class CostModel:
     """A posterior over weights; immutable."""
 
     encoder: Encoder
-    beliefs: Beliefs
     mean: Array
     covariance: Array
     startup_seconds: float
     measured: int
 
-    def epoch_seconds(self, trials: Sequence[Trial], rows: Array) -> Array:
-        """Seconds of one further epoch of each trial, (n,): its own once it has run."""
-        belief = self.beliefs.cost([trial.config for trial in trials])
-        start = np.zeros(len(rows)) if belief is None else belief.log_seconds
+    def epoch_seconds(
+        self, trials: Sequence[Trial], rows: Array, believed: Array | None = None
+    ) -> Array:
+        """Seconds of one further epoch of each trial, (n,): its own once it has run.
+
+        `believed` (n,): log seconds that the model was fitted to correct.
+        """
+        start = 0.0 if believed is None else believed
         predicted = np.exp(np.clip(_with_intercept(rows) @ self.mean + start, -12, 16))
         own = [median(trial.seconds) if trial.seconds else math.nan for trial in trials]
         return np.where(np.isnan(own), predicted, np.maximum(own, 1e-6))
@@ -79,22 +81,22 @@ def fit_cost(
     started: Sequence[Trial],
     rows: Array,
     overheads: Sequence[float],
-    beliefs: Beliefs,
+    believed: Array | None = None,
+    believed_sd: tuple[float, float] = (0.0, 0.0),
 ) -> CostModel:
     """The posterior given trials that have run and their rows; exact, so no order matters.
 
-    Where a meta-learned prior predicts seconds, the weights correct it.
+    `believed` (n,): log seconds of the trials that a meta-learned prior predicts; the weights then
+    correct it. `believed_sd`: how far it is off, its level and single ones.
     """
-    belief = beliefs.cost([trial.config for trial in started])
-    mean, precision = _prior(encoder, belief)
+    mean, precision = _prior(encoder, None if believed is None else believed_sd)
     design = _with_intercept(rows)
     target = np.array([math.log(max(median(trial.seconds), 1e-6)) for trial in started])
-    if belief is not None:
-        target = target - belief.log_seconds
+    if believed is not None:
+        target = target - believed
     covariance = np.linalg.inv(np.diag(precision) + design.T @ design / NOISE)
     return CostModel(
         encoder=encoder,
-        beliefs=beliefs,
         mean=np.asarray(covariance @ (precision * mean + design.T @ target / NOISE)),
         covariance=np.asarray(covariance),
         startup_seconds=median(overheads) if overheads else 0.0,
@@ -102,15 +104,15 @@ def fit_cost(
     )
 
 
-def _prior(encoder: Encoder, belief: CostBelief | None) -> tuple[Array, Array]:
+def _prior(encoder: Encoder, believed_sd: tuple[float, float] | None) -> tuple[Array, Array]:
     """Prior mean and precision of the weights, intercept last.
 
     Corrections of a prediction are small and have no direction.
     """
-    if belief is not None:
-        sds = [*(0.0 if n.startswith("data:") else belief.sd for n in encoder.columns)]
-        sd = np.array([*sds, belief.level_sd])
-        return np.zeros(len(sd)), np.maximum(sd, 1e-3) ** -2
+    if believed_sd is not None:
+        level, single = believed_sd
+        sd = [0.0 if name.startswith("data:") else single for name in encoder.columns]
+        return np.zeros(len(sd) + 1), np.maximum([*sd, level], 1e-3) ** -2.0
     rows = [
         next((mean, sd) for prefix, mean, sd in PRIORS if name.startswith(prefix))
         for name in encoder.columns

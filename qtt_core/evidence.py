@@ -6,15 +6,15 @@ Caches are memos of pure functions; dropping them changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from qtt_core.beliefs import Beliefs
 from qtt_core.cost import CostModel, fit_cost
 from qtt_core.encoding import Array, Encoder
-from qtt_core.steps import Outcome
-from qtt_core.surrogate import MAX_ROWS, Rows, Squash, squash_of
+from qtt_core.steps import Config, Outcome
+from qtt_core.surrogate import GRID, MAX_ROWS, Rows, Squash, squash_of
 from qtt_core.trials import Trial, Trials
 
 EARLY, LATE = 8, 32
@@ -30,19 +30,27 @@ class Evidence:
     ) -> None:
         self.encoder, self.beliefs = encoder, beliefs
         self.squash = squash_of(metafeatures)
-        self._rows: dict[int, Array] = {}
+        self._memos: dict[str, dict[int, Array]] = {}
         self._costs: tuple[int, CostModel] | None = None
 
     def rows(self, trials: Sequence[Trial]) -> Array:
         """Encoded configurations, (n, D)."""
-        missing = [trial for trial in trials if trial.config_id not in self._rows]
-        for trial, row in zip(
-            missing, self.encoder([trial.config for trial in missing]), strict=True
-        ):
-            self._rows[trial.config_id] = row
-        width = len(self.encoder.columns)
-        found = [self._rows[trial.config_id] for trial in trials]
-        return np.array(found, dtype=np.float64).reshape(len(trials), width)
+        found = self._known("rows", trials, self.encoder)
+        return np.array(found, dtype=np.float64).reshape(len(trials), len(self.encoder.columns))
+
+    def trend(self, trials: Sequence[Trial]) -> Array:
+        """Mean course of each configuration before data, (n, G)."""
+        found = self._known("trend", trials, self.beliefs.trend)
+        return np.array(found, dtype=np.float64).reshape(len(trials), len(GRID))
+
+    def believed_finish(self, trials: Sequence[Trial]) -> Array | None:
+        """P(finish) before data, (n,); None: nothing is known."""
+        return self._known("finish", trials, self.beliefs.finish)
+
+    def epoch_seconds(self, trials: Trials, every: Sequence[Trial]) -> Array:
+        """Seconds of one further epoch of each configuration, (n,), after everything told."""
+        believed = self._believed_seconds(every)
+        return self.costs(trials).epoch_seconds(every, self.rows(every), believed)
 
     def costs(self, trials: Trials) -> CostModel:
         """The cost model of everything told so far."""
@@ -50,10 +58,33 @@ class Evidence:
         if self._costs is None or self._costs[0] != count:
             started = [trial for trial in trials.all() if trial.seconds]
             model = fit_cost(
-                self.encoder, started, self.rows(started), trials.overheads, self.beliefs
-            )
+                self.encoder, started, self.rows(started), trials.overheads,
+                self._believed_seconds(started), self.beliefs.seconds_sd,
+            )  # fmt: skip
             self._costs = (count, model)
         return self._costs[1]
+
+    def _believed_seconds(self, trials: Sequence[Trial]) -> Array | None:
+        return self._known("seconds", trials, self.beliefs.log_seconds)
+
+    def _known(
+        self,
+        name: str,
+        trials: Sequence[Trial],
+        compute: Callable[[Sequence[Config]], Array | None],
+    ) -> Array | None:
+        """A pure function of configurations, computed once for each; None where it knows nothing.
+
+        Asked of all candidates at every ask: a prior's trees are too slow for that.
+        """
+        memo = self._memos.setdefault(name, {})
+        missing = [trial for trial in trials if trial.config_id not in memo]
+        if missing or not trials:
+            fresh = compute([trial.config for trial in missing])
+            if fresh is None:
+                return None
+            memo |= {t.config_id: row for t, row in zip(missing, fresh, strict=True)}
+        return np.array([memo[trial.config_id] for trial in trials])
 
 
 def boundary(results: int) -> int:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qtt_core.beliefs import Beliefs
 from qtt_core.encoding import Array
 from qtt_core.evidence import Evidence, boundary, observed
 from qtt_core.fitting import Curves, fit
@@ -45,16 +44,13 @@ class Conditioned:
 class Forecaster:
     """Asked for the score that each configuration will have reached at an epoch."""
 
-    def __init__(
-        self, evidence: Evidence, beliefs: Beliefs, *, seed: int, max_fidelity: int, refit: bool
-    ) -> None:
-        self._evidence, self._beliefs, self._refit = evidence, beliefs, refit
+    def __init__(self, evidence: Evidence, *, seed: int, max_fidelity: int, refit: bool) -> None:
+        self._evidence, self._refit = evidence, refit
         self._max_fidelity = max_fidelity
         _, self._member = groups_of(evidence.encoder)
-        self._prior = beliefs.parameters(evidence.encoder, seed)
+        self._prior = evidence.beliefs.parameters(evidence.encoder, seed)
         self._fits: dict[int, Parameters] = {0: self._prior}
         self._cross: dict[tuple[int, int, int], Array] = {}
-        self._trends: dict[int, Array] = {}
 
     def warm_up(self, trials: Trials) -> None:
         """Fit now what the next ask needs."""
@@ -94,7 +90,7 @@ class Forecaster:
         ids, points = observed(trials, self._evidence.squash)
         known = [trials.trial(c) for c in ids]
         known += [t for t in pending if t.config_id not in set(ids)]
-        trend = self.trend(known)
+        trend = self._evidence.trend(known)
         model = self._model(parameters, known, trend, points)
         return Conditioned(
             mark=mark, parameters=parameters, known=known, trend=trend, points=points, model=model
@@ -113,7 +109,7 @@ class Forecaster:
         identity = np.array([place.get(t.config_id, -1) for t in every], dtype=np.intp)
         diagonal = np.full(len(every), state.parameters.deep + float(state.parameters.groups.sum()))
         kx = self._kernel(state, every)
-        return state.model.predict(kx, identity, self.trend(every), diagonal, epochs)
+        return state.model.predict(kx, identity, self._evidence.trend(every), diagonal, epochs)
 
     def _standing(self, state: Conditioned) -> list[tuple[float, Trial, int]]:
         ran = [t for t in state.known if t.scores]
@@ -149,23 +145,15 @@ class Forecaster:
             known = [trials.trial(c) for c in ids]
             parameters = self._prior
             if len(known) > 1:
-                curves = Curves(x=self._evidence.rows(known), trend=self.trend(known), rows=points)
+                curves = Curves(
+                    x=self._evidence.rows(known), trend=self._evidence.trend(known), rows=points
+                )
                 parameters = fit(
                     self._prior, self._member, [curves], max_fidelity=self._max_fidelity
                 )
             self._fits = {0: self._prior, mark: parameters}
             self._cross.clear()
         return mark, self._fits[mark]
-
-    def trend(self, every: Sequence[Trial]) -> Array:
-        """Mean course of each configuration before data, (n, G); memos of a pure function."""
-        missing = [trial for trial in every if trial.config_id not in self._trends]
-        if missing:
-            fresh = self._beliefs.trend([trial.config for trial in missing])
-            self._trends |= {t.config_id: row for t, row in zip(missing, fresh, strict=True)}
-        if not every:
-            return self._beliefs.trend([])
-        return np.array([self._trends[trial.config_id] for trial in every])
 
     def _kernel(self, state: Conditioned, every: Sequence[Trial]) -> Array:
         """k(x, x') between known configurations and candidates, (c, n)."""

@@ -82,7 +82,6 @@ class Context:
 
     space: SearchSpace
     evidence: Evidence
-    beliefs: Beliefs
     seed: int
     hub: Hub | None
     options: Options
@@ -117,9 +116,7 @@ class Optimizer:
         beliefs = self._beliefs(hub, prior)
         self.evidence = Evidence(self.encoder, self.metafeatures, beliefs)
         fixed = candidates is not None
-        self.rule = make_rule(
-            Context(space, self.evidence, beliefs, seed, hub, self.options, fixed)
-        )
+        self.rule = make_rule(Context(space, self.evidence, seed, hub, self.options, fixed))
         self.trials = Trials(max_fidelity=space.max_fidelity, step=space.step, options=self.options)
         self._events: list[OptimizerEvent] = []
         self._finished: str | None = None
@@ -324,7 +321,7 @@ class Optimizer:
     ) -> Proposal | None:
         trial = self.trials.trial(choice.config_id)
         costs = self.evidence.costs(self.trials)
-        epoch = float(costs.epoch_seconds([trial], self.evidence.rows([trial]))[0])
+        epoch = float(self.evidence.epoch_seconds(self.trials, [trial])[0])
         wanted = choice.fidelity_to
         if seconds is not None and self.options.cost_aware and costs.measured:
             fits = int((seconds - costs.startup_seconds) / max(epoch, 1e-9) / self.space.step)
@@ -360,7 +357,7 @@ class Optimizer:
 
 def _quicktune(c: Context) -> QuickTuneRule:
     return QuickTuneRule(
-        c.space, c.evidence, c.beliefs, seed=c.seed, options=c.options, fixed_pool=c.fixed_pool
+        c.space, c.evidence, seed=c.seed, options=c.options, fixed_pool=c.fixed_pool
     )
 
 

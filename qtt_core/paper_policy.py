@@ -61,7 +61,7 @@ class QuickTunePaper:
         value = self._acquisition(trials, open_, mean, sd)
         if options.cost_aware:
             gamma = COST_FACTOR if options.cost_factor is None else options.cost_factor
-            seconds = self._evidence.costs(trials).epoch_seconds(open_, self._evidence.rows(open_))
+            seconds = self._evidence.epoch_seconds(trials, open_)
             value = value - gamma * np.log(seconds * trials.step)
         ids = np.array([t.config_id for t in open_])
         chosen = int(np.lexsort((ids, -mean, -value))[0])

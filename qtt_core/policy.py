@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from qtt_core.acquisition import cooled, expected_improvement, log_expected_improvement
 from qtt_core.baselines import Choice, Stop, promotion
-from qtt_core.beliefs import Beliefs
 from qtt_core.encoding import Array
 from qtt_core.evidence import Evidence, boundary
 from qtt_core.failure import probability_to_finish
@@ -69,16 +68,15 @@ class QuickTuneRule:
         self,
         space: SearchSpace,
         evidence: Evidence,
-        beliefs: Beliefs,
         *,
         seed: int,
         options: Options,
         fixed_pool: bool = False,
     ) -> None:
-        self._space, self._evidence, self._beliefs = space, evidence, beliefs
+        self._space, self._evidence = space, evidence
         self._seed, self._options, self._fixed = seed, options, fixed_pool
         self.forecaster = Forecaster(
-            evidence, beliefs, seed=seed, max_fidelity=space.max_fidelity,
+            evidence, seed=seed, max_fidelity=space.max_fidelity,
             refit=options.refit != "Never",
         )  # fmt: skip
 
@@ -115,13 +113,13 @@ class QuickTuneRule:
         every = trials.all()
         rows = self._evidence.rows(every)
         costs = self._evidence.costs(trials)
-        seconds = costs.epoch_seconds(every, rows)
+        seconds = self._evidence.epoch_seconds(trials, every)
         horizon = self._horizons(trials, every, seconds, budget, costs.measured > 0)
         mean, sd, best = self.forecaster.predict(trials, every, horizon)
         ran = [i for i, t in enumerate(every) if t.scores or t.failure is not None]
         finish = probability_to_finish(
             self._evidence.encoder, [every[i] for i in ran], rows[ran], rows,
-            believed=self._beliefs.finish([t.config for t in every]),
+            believed=self._evidence.believed_finish(every),
         )  # fmt: skip
         acquisition = log_expected_improvement(mean, sd, best) + np.log(finish)
         if self._options.cost_aware:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from qtt_core.beliefs import ColdBeliefs
 from qtt_core.cost import UNKNOWN_SECONDS, fit_cost
 from qtt_core.encoding import build_encoder
 from qtt_core.hub import load_hub
@@ -15,7 +14,6 @@ from qtt_core.trials import Trial
 HUB = load_hub("timm24")
 SPACE = build_space("native", HUB, max_fidelity=10)
 ENCODER = build_encoder(SPACE, HUB)
-COLD = ColdBeliefs(hub=HUB, max_fidelity=10)
 
 
 def make_trials(count, seed=0, seconds=None):
@@ -33,7 +31,7 @@ def make_trials(count, seed=0, seconds=None):
 
 def model_of(trials, overheads=()):
     rows = ENCODER([t.config for t in trials])
-    return fit_cost(ENCODER, trials, rows, overheads, COLD)
+    return fit_cost(ENCODER, trials, rows, overheads)
 
 
 def test_before_any_result_the_guess_is_moderate():
