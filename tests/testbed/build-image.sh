@@ -57,6 +57,27 @@ make_base() {
   rm "$tar"
 }
 
+# Before each RUN buildah copies itself into sealed memory. The kernel refuses the seal with EBUSY while
+# something else, such as its own compaction on a busy machine, holds one of the pages: gone a moment later,
+# but the build has failed. Finished layers are kept, so another attempt goes on where this one stopped.
+ATTEMPTS=4
+build() {
+  local name=$1 attempt said=$work/build.log
+  shift
+  for ((attempt = 1; ; attempt++)); do
+    if buildah build --pull-never --network host --layers --build-arg "BASE=$base" -t "$name" "$@" 2>&1 | tee "$said" >&2; then
+      return
+    fi
+    if ((attempt == ATTEMPTS)) || ! grep -q 'sealing memfd copy: Device or resource busy' "$said"; then
+      return 1
+    fi
+    log "the kernel would not seal buildah's copy of itself: attempt $((attempt + 1)) of $ATTEMPTS"
+    sleep "$attempt"
+  done
+}
+work=$(mktemp -d)
+trap 'rm -r "$work"' EXIT
+
 # A store of its own for each way to make a base.
 store=${XDG_CACHE_HOME:-$HOME/.cache}/testbed/buildah-$( (echo "$SUITE"; declare -f make_base) | sha256sum | cut -c1-16)
 mkdir -p "$store"
@@ -65,7 +86,7 @@ if [[ -z $(buildah images -q "$base" 2> /dev/null) ]]; then
   make_base
 fi
 log "$name"
-buildah build --pull-never --network host --layers --build-arg "BASE=$base" -t "$name" "$@" "$context" >&2
+build "$name" "$@" "$context"
 if [[ $out == *.tar ]]; then
   rm -f "$out"
   buildah push -q "$name" "docker-archive:$out:$name" >&2
