@@ -175,7 +175,7 @@ class ClusterBackend:
             self._forgotten.add(_uid(found))
         elif self.commit_delay_seconds:
             self._forgotten.add(_uid(found))
-            self._later(self._expire(found))
+            self._later(self._expire_later(found))
         else:
             await self._expire(found)
 
@@ -291,10 +291,13 @@ class ClusterBackend:
     def _is_past(self, job: Object) -> bool:
         """Whether a Job's end is recorded for good: Jobs that wait for their time to live.
 
-        A store that lost what it knew makes a new back end, so that the answer never changes back.
+        A store that lost what it knew makes a new back end, so that the answer changes back only
+        for a Job whose time to live somebody took away.
         """
         uid = _uid(job)
-        if uid not in self._past and is_recorded(job) and self.knows(decision_of(job)):
+        if not is_recorded(job):
+            self._past.discard(uid)
+        elif uid not in self._past and self.knows(decision_of(job)):
             seen = job_ends.observed_job(job, (), job_ends.Sight(now=self.clock()))
             if seen is None or not self.awaited(seen.c, seen.to, seen.attempt):
                 self._past.add(uid)
@@ -369,10 +372,19 @@ class ClusterBackend:
             JOBS, self.namespace, job["metadata"]["name"], uid=_uid(job), foreground=foreground
         )
 
+    async def _expire_later(self, job: Object) -> None:
+        """The same once the record is on disk; what fails is tried again in a later turn."""
+        await asyncio.sleep(self.commit_delay_seconds)
+        try:
+            await self._expire(job)
+        except ClusterError as error:
+            log.info("%s: %s", job["metadata"]["name"], error)
+            self.wake_after(SOON_SECONDS)
+        finally:
+            self._forgotten.discard(_uid(job))
+
     async def _expire(self, job: Object) -> None:
         """Give the Job its time to live; works on finished and unfinished ones alike."""
-        if self.commit_delay_seconds:
-            await asyncio.sleep(self.commit_delay_seconds)
         body: Object = {"spec": {"ttlSecondsAfterFinished": self.settings.job_ttl_seconds}}
         name = job["metadata"]["name"]
         patched = await self.cluster.patch(JOBS, self.namespace, name, body)
