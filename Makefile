@@ -15,7 +15,7 @@ INSTALL := -c constraints.txt -c constraints-torch.txt -e '.[local,operator,dev]
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check check-chart crds slow bench bench-cluster clean FORCE
+.PHONY: help venv demo test check check-chart crds images dist slow bench bench-cluster clean FORCE
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -61,10 +61,24 @@ check-chart: venv ## the Helm chart: lint, schemas, refused values, its alerts; 
 	@tests/chart/prometheus.sh || echo "no Prometheus to be had here; the tests of alerts and dashboards are left out"
 	@$(PY) -m pytest -q tests/chart $(PYTEST_FLAGS)
 
-crds: venv ## write the CRD, the chart's copy and the tables of docs/manifest.md from the table of fields
+crds: venv ## write the CRD, the chart's copy and version and the tables of docs/manifest.md from the code
 	@$(PY) -m qtt_operator.crd > crds/quicktune.dev_tuningruns.yaml
 	@cp crds/quicktune.dev_tuningruns.yaml helm/quicktune-operator/files/
+	@sed -i -E "s/^(version|appVersion): [^ ]+/\1: $(VERSION)/" helm/quicktune-operator/Chart.yaml
 	@$(PY) docs/manifest_tables.py
+
+# One source of the version: the package. `make images REGISTRY=registry.example/ ENGINE=podman`.
+VERSION  = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' qtt_core/__init__.py)
+ENGINE   ?= docker
+REGISTRY ?=
+LABELS   = --build-arg VERSION=$(VERSION) --build-arg GIT=$$(git rev-parse --short HEAD)
+
+images: ## both images, named after the version (ENGINE, REGISTRY, IMAGE_FLAGS)
+	$(ENGINE) build -f operator/Dockerfile -t $(REGISTRY)quicktune-operator:$(VERSION) $(LABELS) $(IMAGE_FLAGS) .
+	$(ENGINE) build -f trainer_image/Dockerfile -t $(REGISTRY)quicktune-trainer:$(VERSION) $(LABELS) $(IMAGE_FLAGS) .
+
+dist: venv ## dist/: wheel, sources, chart, install.yaml, SBOM, checksums (REGISTRY: where the images are)
+	@$(PY) release/dist.py --registry "$(REGISTRY)"
 
 # A cluster with four GPUs that only the scheduler counts, our images, and a log of every request.
 CLUSTER := $(PY) tests/testbed/cluster.py run --resource nvidia.com/gpu=4 --audit

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 
-OWN = ("# The ", "#   docker build -f ", "ARG EXTRA=", "ENTRYPOINT ", "CMD ")
+OWN = (
+    "# The ", "#   docker build -f ", "ARG BASE=", "ARG EXTRA=", "ARG TORCH=", "ARG TORCH_INDEX=",
+    "LABEL org.opencontainers.image.title=", "ENTRYPOINT ", "CMD ",
+)  # fmt: skip
 
 
 def test_both_images_are_built_alike(root):
@@ -37,3 +40,12 @@ def test_our_code_reaches_an_image_by_copy(root):
         text = (root / folder / "Dockerfile").read_text()
         assert "--mount" not in text
         assert "COPY --from=wheel" in text
+
+
+def test_the_name_of_the_base_may_carry_a_digest(root):
+    """Every stage starts from BASE alone, so that one argument pins all of them."""
+    for folder in ("operator", "trainer_image"):
+        lines = (root / folder / "Dockerfile").read_text().splitlines()
+        stages = [line.split()[1] for line in lines if line.startswith("FROM ")]
+        assert set(stages) == {"${BASE}", "dependencies"}
+        assert "USER 10001:10001" in lines
