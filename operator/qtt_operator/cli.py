@@ -34,6 +34,7 @@ examples:
   qtt statistics birds -o json | jq '.[].score'
                                                every configuration
   qtt logs birds 17                            what configuration 17 printed
+  qtt weights fetch --hub timm24 --to DIR      for machines without a way out
 """
 
 Handler = Callable[[argparse.Namespace], "Outcome"]
@@ -139,6 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_lint(verbs)
     _add_readers(verbs)
     _add_ledger(verbs)
+    _add_weights(verbs)
     _add_controller(verbs)
     return parser
 
@@ -267,6 +269,32 @@ def _add_ledger(verbs: Verbs[_Parser]) -> None:
     parser.add_argument("action", choices=("export",), help="what to do")
     _run_argument(parser)
     parser.add_argument("file", metavar="FILE", help="where to; - for standard output")
+
+
+def _add_weights(verbs: Verbs[_Parser]) -> None:
+    parser = _verb(
+        verbs, "weights", "qtt_operator.weights_verb:fetch", "fetch a hub's pretrained weights"
+    )
+    parser.epilog = (
+        "The folder is what `spec.weights.claimName` means: mount it with --mount here, or copy\n"
+        "it onto a claim. What is there is not fetched again, what broke off goes on; its\n"
+        "weights.json holds digests and licences."
+    )
+    parser.add_argument("action", choices=("fetch",), help="what to do")
+    parser.add_argument(
+        "--hub", required=True, metavar="HUB", help="timm24, or a file of model cards"
+    )
+    parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to fill")
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="NAME", help="only this one; repeatable"
+    )
+    parser.add_argument(
+        "--endpoint", metavar="URL",
+        help="a mirror or file server in the public hub's place (default: $HF_ENDPOINT)",
+    )  # fmt: skip
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="holds an access token")
+    parser.add_argument("--verify", action="store_true", help="digest what is there, too")
+    _format_option(parser)
 
 
 def _add_controller(verbs: Verbs[_Parser]) -> None:

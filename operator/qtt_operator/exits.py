@@ -1,6 +1,6 @@
 """Which error ends `qtt` with which exit code: the one table, as in `sysexits.h`.
 
-0 Complete   1 Failed   64 manifest or usage   65 data   69 Redis unreachable
+0 Complete   1 Failed   64 manifest or usage   65 data   69 Redis, cluster or hub unreachable
 70 bug   74 disk full or I/O   75 interrupted, resumable
 """
 
@@ -26,8 +26,8 @@ MEANINGS = {
     COMPLETE: "the run is Complete, or the verb did its work",
     FAILED: "the run Failed; the reason is printed",
     USAGE: "manifest or command line: every fault with field, value and remedy",
-    DATA: "the images cannot be trained on",
-    UNAVAILABLE: "Redis cannot be reached",
+    DATA: "images that cannot be trained on, weights that are damaged",
+    UNAVAILABLE: "Redis, a cluster or a hub of weights cannot be reached",
     BUG: "a bug; --debug shows the traceback",
     IO_ERROR: "disk full or I/O error; nothing recorded is lost",
     INTERRUPTED: "interrupted or busy; the same command resumes",

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 from qtt_core.hub import load_hub
 from qtt_core.jobs import parse_job
 from qtt_core.results import State, StepResult

@@ -28,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from qtt_trainer.serve import serve
 
         return serve(die_with_parent=options.die_with_parent)
+    if options.command == "weights" and options.hub:
+        from qtt_trainer.fetch_command import fetch_hub
+
+        stop.nothing_to_save = True
+        return fetch_hub(options)
     return _one_job(options.command, options.job, stop)
 
 
@@ -43,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         ("evaluate", "score checkpoints on a split that the search never saw"),
         ("garbage", "delete the listed folders of a run"),
         ("recovery", "tell the results on a volume that the ledger has lost"),
+        ("weights", "fetch a hub's pretrained weights into a folder: a job, or --hub and --to"),
     ):
         command = commands.add_parser(name, help=meaning, description=meaning)
         command.add_argument(
@@ -50,12 +56,24 @@ def _parser() -> argparse.ArgumentParser:
             metavar="FILE",
             help=f"the job document as JSON; - is stdin; without it, ${JOB_VARIABLE}",
         )
+        if name == "weights":
+            _weights_options(command)
     meaning = "stay warm: one JSON job per stdin line, one forked process per job"
     serve = commands.add_parser("serve", help=meaning, description=meaning)
     serve.add_argument(
         "--die-with-parent", action="store_true", help="end when the starting process ends"
     )
     return parser
+
+
+def _weights_options(parser: argparse.ArgumentParser) -> None:
+    """What `qtt weights fetch` hands on."""
+    parser.add_argument("--hub", metavar="HUB", help="timm24, tiny, or a file of model cards")
+    parser.add_argument("--to", metavar="DIR", type=Path, help="folder to fill")
+    parser.add_argument("--model", metavar="NAME", action="append", default=[], help="of the hub")
+    parser.add_argument("--endpoint", metavar="URL", default="", help="in the public hub's place")
+    parser.add_argument("--token-file", metavar="FILE", default="", help="holds an access token")
+    parser.add_argument("--verify", action="store_true", help="digest what is there, too")
 
 
 def _one_job(command: str, source: str | None, stop: Stop) -> int:

@@ -28,7 +28,7 @@ from qtt_trainer.report import Header, Report
 log = logging.getLogger(__name__)
 
 COMMANDS = ("prepare", "step", "evaluate")
-CHORES = ("garbage", "recovery")
+CHORES = ("garbage", "recovery", "weights")
 """Commands that leave neither log nor result on the volume: the message says everything."""
 _RUN_UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -142,9 +142,10 @@ def _run(command: str, raw: object, context: Context) -> Report:
         return _from_message(job, prepare.run(job))
     if command in CHORES:
         context.stop.nothing_to_save = True
-        from qtt_trainer import garbage, recovery
+        from qtt_trainer import fetch, garbage, recovery
 
-        return garbage.run(job) if command == "garbage" else recovery.run(job)
+        chores = {"garbage": garbage.run, "recovery": recovery.run, "weights": fetch.run}
+        return chores[command](job)
     if not job.task.split:
         raise SpecError([Fault("job.task.split", "", "name the split to score, such as test")])
     from qtt_trainer import evaluate
