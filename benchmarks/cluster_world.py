@@ -65,7 +65,8 @@ def kubectl(*arguments: str, text: str = "") -> str:
 def install(namespace: str = "default") -> None:
     """CRD, rights, and claims that are bound to volumes nobody mounts."""
     kubectl("apply", "--server-side", "-f", str(ROOT / "crds"))
-    documents = yaml.safe_load_all((ROOT / "tests/testbed/operator.yaml").read_text())
+    printed = subprocess.run(ROOT / "tests/testbed/operator.sh", check=True, capture_output=True)
+    documents = yaml.safe_load_all(printed.stdout)
     rights = [found for found in documents if found and found["kind"] in RIGHTS]
     kubectl("apply", "-f", "-", text=yaml.safe_dump_all(rights))
     for name in ("data", "checkpoints"):

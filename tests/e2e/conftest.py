@@ -22,7 +22,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from manifests import claim, data_claim, namespace
-from real_cluster import Kube, RefusedError, Testbed, connect
+from real_cluster import Kube, RefusedError, Testbed, command, connect
 from tuning_runs import Run, simulated
 
 MakeNamespace = Callable[..., Kube]
@@ -62,17 +62,17 @@ def picture(kube: Kube) -> str:
     """What a person would look at first: objects, events, the last lines of each container."""
     words = ["get", "tuningruns,jobs,pods,pvc", "-o", "wide", "--ignore-not-found"]
     parts = []
-    for command in (
+    for asked in (
         words,
         ["events", "--types=Warning"],
         ["logs", "--all-containers", "--tail=15"],
     ):
         try:
-            if command[0] == "logs":
+            if asked[0] == "logs":
                 pods = [pod["metadata"]["name"] for pod in kube.items("pod")]
-                parts += [f"--- {pod}\n{kube.kubectl(*command, pod)}" for pod in pods[:10]]
+                parts += [f"--- {pod}\n{kube.kubectl(*asked, pod)}" for pod in pods[:10]]
             else:
-                parts.append(kube.kubectl(*command))
+                parts.append(kube.kubectl(*asked))
         except (RefusedError, OSError) as error:
             parts.append(str(error))
     return "\n".join(parts)
@@ -126,8 +126,8 @@ def operator(testbed: Testbed, root: Path, request: pytest.FixtureRequest) -> Ku
     """
     system = Kube(namespace=SYSTEM, api=testbed.api)
     with one_at_a_time(testbed):
-        system.kubectl("apply", "--server-side", "-f", str(root / "crds"))
-        system.kubectl("apply", "-f", str(root / "tests" / "testbed" / "operator.yaml"))
+        install = ("apply", "--server-side", "--force-conflicts", "-f", "-")
+        system.kubectl(*install, stdin=command(str(root / "tests/testbed/operator.sh")))
     for workload in ("statefulset/redis", "deployment/quicktune-operator"):
         system.kubectl("rollout", "status", workload, "--timeout=120s")
     request.node.stash.setdefault(NAMESPACES, []).append(system)

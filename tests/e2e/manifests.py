@@ -23,8 +23,8 @@ TRAINER_USER: Object = {
 
 
 def namespace(name: str, enforce: str) -> Object:
-    """A namespace under a Pod Security Standard."""
-    labels = {"pod-security.kubernetes.io/enforce": enforce}
+    """A namespace under a Pod Security Standard; what it has against Jobs is in the audit log."""
+    labels = {f"pod-security.kubernetes.io/{mode}": enforce for mode in ("enforce", "audit")}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
 
 

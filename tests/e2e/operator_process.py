@@ -18,7 +18,7 @@ from pathlib import Path
 from real_cluster import Kube, until
 
 LEASE_SECONDS = 4
-PASSWORD = "testbed-only"  # of tests/testbed/operator.yaml
+PASSWORD = "testbed-only"  # of tests/testbed/redis.yaml
 
 
 @dataclass(slots=True, kw_only=True)

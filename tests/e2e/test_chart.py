@@ -96,9 +96,9 @@ class Release:
 def release(testbed: Testbed, root: Path) -> Iterator[Release]:
     """A namespace under the `restricted` standard, and nothing of an operator in the cluster."""
     default = Kube(namespace="default", api=testbed.api)
-    plain = str(root / "tests" / "testbed" / "operator.yaml")
+    other = command(str(root / "tests/testbed/operator.sh"))
     crd = ("delete", "crd", "tuningruns.quicktune.dev", "--ignore-not-found", "--timeout=120s")
-    command("kubectl", "delete", "-f", plain, "--ignore-not-found", "--timeout=120s")
+    command("kubectl", "delete", "-f", "-", "--ignore-not-found", "--timeout=120s", stdin=other)
     default.kubectl(*crd)
     default.create(namespace(HOME, "restricted"))
     default.kubectl("label", "namespace", HOME, *STANDARD)

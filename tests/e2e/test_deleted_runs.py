@@ -64,3 +64,34 @@ def test_a_run_of_the_same_name_begins_anew(restricted: Kube, simulate: Simulate
     assert first.uid != old
     first.complete()
     assert first.faults(2) == []
+
+
+def test_a_policy_that_was_changed_in_the_middle_of_a_run_acts(
+    restricted: Kube, simulate: Simulate
+) -> None:
+    run = simulate(restricted, budget={"maxSteps": 2})
+    run.until_told(1)
+    run.patch(deletionPolicy="Delete")
+    run.complete()
+
+    restricted.delete("tuningrun", "sim", "--timeout=5s")
+
+    until("its volume is gone", lambda: claims(restricted) == {"data"})
+
+
+@pytest.mark.chaos
+def test_a_run_that_was_deleted_while_nobody_looked_is_parted_with_later(
+    restricted: Kube, simulate: Simulate, operator: Kube
+) -> None:
+    run = simulate(restricted, budget={"maxSteps": 1})
+    run.complete()
+    uid, workload = run.uid, "deployment/quicktune-operator"
+    operator.kubectl("scale", workload, "--replicas=0")
+    pods = "app.kubernetes.io/name=quicktune-operator"
+    until("the operator is away", lambda: not operator.items("pod", pods))
+
+    restricted.delete("tuningrun", "sim", "--timeout=5s")
+    assert set(lifetimes(run, uid).values()) == {-1}
+    operator.kubectl("scale", workload, "--replicas=1")
+
+    until("its keys expire", lambda: -1 not in lifetimes(run, uid).values(), seconds=120)

@@ -9,28 +9,19 @@ import pytest
 import yaml
 from conftest import SYSTEM, MakeNamespace, Simulate
 from manifests import Object
-from real_cluster import Kube, Testbed, until
+from real_cluster import Kube, Testbed, command, until
 
 pytestmark = pytest.mark.chaos  # the operator for the whole cluster is taken away meanwhile
 
 ACCOUNT = "system:serviceaccount:{}:quicktune-operator"
 DECISION = "authorization.k8s.io/decision"
-EVERYWHERE = {"ClusterRole": "Role", "ClusterRoleBinding": "RoleBinding"}
 
 
-def narrowed(manifest: Path, system: str, watched: str) -> list[Object]:
-    """The plain manifest for one namespace: its cluster-wide rights become that namespace's."""
-    text = manifest.read_text().replace(SYSTEM, system)
-    found = [item for item in yaml.safe_load_all(text) if item["kind"] != "Namespace"]
-    for item in found:
-        if item["kind"] in EVERYWHERE:
-            item["kind"] = EVERYWHERE[item["kind"]]
-            item["metadata"]["namespace"] = watched
-            if "roleRef" in item:
-                item["roleRef"]["kind"] = "Role"
-        elif item["kind"] == "ConfigMap":
-            item["data"]["settings.yaml"] += f"namespaces: [{watched}]\n"
-    return found
+def narrowed(script: Path, system: str, watched: str) -> list[Object]:
+    """What is installed elsewhere, for one namespace."""
+    words = ("--set", f"watchNamespaces={{{watched}}}", "--set", "crds.install=false")
+    text = command(str(script), *words).replace(SYSTEM, system)
+    return [item for item in yaml.safe_load_all(text) if item and item["kind"] != "Namespace"]
 
 
 @pytest.fixture
@@ -43,8 +34,8 @@ def watched(
     operator.kubectl(
         "wait", "--for=delete", "pod", "-l", "app.kubernetes.io/name=quicktune-operator"
     )
-    manifest = root / "tests" / "testbed" / "operator.yaml"
-    for item in narrowed(manifest, system.namespace, kube.namespace):
+    script = root / "tests" / "testbed" / "operator.sh"
+    for item in narrowed(script, system.namespace, kube.namespace):
         (kube if item["metadata"]["namespace"] == kube.namespace else system).create(item)
     for workload in ("statefulset/redis", "deployment/quicktune-operator"):
         system.kubectl("rollout", "status", workload, "--timeout=120s")

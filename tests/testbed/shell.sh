@@ -3,8 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-kubectl apply --server-side -f crds/ > /dev/null
-kubectl apply -f tests/testbed/operator.yaml > /dev/null
+tests/testbed/operator.sh | kubectl apply --server-side -f - > /dev/null
 if (($#)); then
   exec "$@"
 fi
