@@ -1,4 +1,5 @@
-"""How many Jobs all runs of an install may have open together (`max_open_jobs`).
+"""How many Jobs all runs of an install may have open together (`max_open_jobs`), and one of them
+at most (`max_parallelism`).
 
 Turns of several runs go on at once: the room that one is given is held for it until its turn ends,
 so that the limit is never passed. A run that got less than it wants is woken when there is room
@@ -15,16 +16,16 @@ Key = tuple[str, str]
 class JobLimit:
     """`wake` is called with the key of a run that may open more."""
 
-    def __init__(self, most: int, wake: Callable[[Key], None]) -> None:
-        self._most, self._wake = most, wake
+    def __init__(self, most: int, each: int, wake: Callable[[Key], None]) -> None:
+        self._most, self._each, self._wake = most, each, wake
         self._held: dict[Key, int] = {}
         self._total = 0
         self._waiting: dict[Key, None] = {}
 
     def room(self, key: Key, wanted: int) -> int:
         """Jobs that a run may have open until it settles, those it has included."""
-        mine = self._held.get(key, 0)
-        room = max(0, self._most - (self._total - mine))
+        mine, wanted = self._held.get(key, 0), min(wanted, self._each)
+        room = min(self._each, max(0, self._most - (self._total - mine)))
         self._hold(key, max(mine, min(wanted, room)))
         self._waiting.pop(key, None)
         if room < wanted:

@@ -1,4 +1,4 @@
-"""What a run's pod may not ask for in this install. Pure.
+"""What a run may not ask for in this install, of its pod and of the operator. Pure.
 
 `qtt_core.spec_rules` refuses what no install allows; here are the rules that an admin may lift.
 """
@@ -10,14 +10,24 @@ from typing import Any
 
 from qtt_core.errors import Fault
 from qtt_core.spec import TuningRun
+from qtt_operator.abilities import not_installed
 from qtt_operator.names import TRAINER
 from qtt_operator.settings import OperatorSettings
 
 
 def refused(run: TuningRun, settings: OperatorSettings) -> list[Fault]:
-    """What the pod of this run asks for and the install does not allow."""
+    """What this run asks for and the install does not allow, or does not have."""
     pod = run.spec.template.get("spec") or {}
-    return list(_refused(pod, settings))
+    return [*_refused(pod, settings), *(_unknown_optimizer(run, settings) or not_installed(run))]
+
+
+def _unknown_optimizer(run: TuningRun, settings: OperatorSettings) -> list[Fault]:
+    """An entry point is code in the operator's own process: an admin says which ones may run."""
+    wanted, allowed = run.spec.optimizer.name, settings.external_optimizers
+    if wanted is None or wanted in allowed:
+        return []
+    remedy = f"is not allowed by this install; allowed: {', '.join(allowed) or 'none'}"
+    return [Fault("spec.optimizer.name", wanted, remedy)]
 
 
 def _refused(pod: Mapping[str, Any], settings: OperatorSettings) -> Iterator[Fault]:

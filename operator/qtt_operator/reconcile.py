@@ -90,7 +90,9 @@ class Reconciler:
         self._share, self._enqueue, self._fatal = share, enqueue, fatal
         self._metrics, self._clock = metrics, clock
         self.run_metrics = RunMetrics(metrics, epoch)
-        self._limit = JobLimit(settings.max_open_jobs, lambda key: enqueue(key, 0.0))
+        self._limit = JobLimit(
+            settings.max_open_jobs, settings.max_parallelism, lambda key: enqueue(key, 0.0)
+        )
         self.events = Events(cluster, instance=instance)
         self._status = StatusWriter(
             cluster, settings=settings, store=redacted(settings.redis_url),

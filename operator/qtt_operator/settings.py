@@ -49,7 +49,11 @@ class OperatorSettings:
     checkpoint_defaults: ClaimDefaults = ClaimDefaults()
     weights_claim: str = ""
     optimizer_workers: int = 1
+    external_optimizers: tuple[str, ...] = ()
+    """Names that `spec.optimizer.name` may give: entry points run with the operator's rights."""
     max_open_jobs: int = 256
+    max_parallelism: int = 512
+    """Of one run; a higher `spec.parallelism` acts as this one."""
     api_qps: float = 20.0
     api_burst: int = 40
     metrics_port: int = 8080

@@ -95,6 +95,8 @@ def test_values_reach_the_settings(render: Render, tmp_path: Path) -> None:
         accessModes=("ReadWriteMany",), size="50Gi", storageClassName="nfs"
     )
     assert settings.weights_claim == "timm"
+    assert settings.external_optimizers == ("grid",)
+    assert settings.max_parallelism == 16
     assert settings.job_ttl_seconds == 10_000_000  # Helm reads numbers as floats: 1e+07
     assert settings.redis_url == "redis://quicktune@tuner-redis.quicktune-system.svc:6379/0"
     assert settings.trainer_image == f"quicktune-trainer:{qtt_core.__version__}"

@@ -75,6 +75,13 @@ REFUSED: dict[str, tuple[Object, str]] = {
     ),
     "no worker": ({"optimizer": {"workers": 0}}, "workers"),
     "nine workers": ({"optimizer": {"workers": 9}}, "workers"),
+    "no Job of a run": ({"limits": {"maxParallelism": 0}}, "maxParallelism"),
+    "more Jobs of a run than the CRD takes": (
+        {"limits": {"maxParallelism": 513}},
+        "maxParallelism",
+    ),
+    "an optimizer without a name": ({"optimizer": {"external": [""]}}, "external"),
+    "a priors claim that is a path": ({"optimizer": {"priorsClaim": "/priors"}}, "priorsClaim"),
     "no call of the API": ({"api": {"qps": 0}}, "qps"),
     "a port of root's": ({"metrics": {"port": 80}}, "port"),
     "an interval without a unit": ({"metrics": {"serviceMonitor": {"interval": "30"}}}, "interval"),

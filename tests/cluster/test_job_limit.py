@@ -13,7 +13,7 @@ A, B, C = ("ns", "a"), ("ns", "b"), ("ns", "c")
 
 
 def test_room_that_one_run_was_given_is_not_given_to_another_meanwhile() -> None:
-    limit = JobLimit(4, lambda _key: None)
+    limit = JobLimit(4, 9, lambda _key: None)
 
     assert limit.room(A, 3) == 4
     assert limit.room(B, 3) == 1
@@ -22,7 +22,7 @@ def test_room_that_one_run_was_given_is_not_given_to_another_meanwhile() -> None
 
 def test_room_that_was_not_used_goes_to_who_has_waited_longest() -> None:
     woken: list[Key] = []
-    limit = JobLimit(4, woken.append)
+    limit = JobLimit(4, 9, woken.append)
     for key in (A, B, C):
         limit.room(key, 4)
 
@@ -32,8 +32,18 @@ def test_room_that_was_not_used_goes_to_who_has_waited_longest() -> None:
     assert limit.room(B, 4) == 2
 
 
+def test_no_run_gets_more_than_the_limit_of_one_and_none_is_woken_for_what_it_cannot_get() -> None:
+    woken: list[Key] = []
+    limit = JobLimit(9, 2, woken.append)
+
+    assert limit.room(A, 5) == 2
+    assert limit.room(B, 5) == 2
+    limit.settle(A, 0)
+    assert woken == []
+
+
 def test_a_run_that_is_gone_holds_nothing() -> None:
-    limit = JobLimit(2, lambda _key: None)
+    limit = JobLimit(2, 9, lambda _key: None)
     limit.room(A, 2)
     limit.forget(A)
 
@@ -49,7 +59,7 @@ def test_no_order_of_turns_passes_the_limit_or_forgets_a_run(
 ) -> None:
     """Each turn opens as much as it may and wants; later some of what is open ends."""
     queue: deque[Key] = deque()
-    limit, open_ = JobLimit(most, queue.append), dict[Key, int]()
+    limit, open_ = JobLimit(most, 9, queue.append), dict[Key, int]()
     wanted = {A: 4, B: 4, C: 4}
 
     def turn(key: Key) -> None:

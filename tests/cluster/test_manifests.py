@@ -389,6 +389,18 @@ def test_what_an_install_does_not_allow_is_named(pod: dict[str, Any], field: str
     assert [fault.field for fault in faults] == [f"spec.template.spec.{field}"]
 
 
+def test_an_optimizer_of_somebody_else_must_be_allowed_and_be_installed() -> None:
+    wanted = owner(optimizer={"algorithm": "External", "name": "grid"}).run
+    allowing = replace(SETTINGS, external_optimizers=("grid", "mine"))
+
+    (forbidden,) = refused(wanted, replace(SETTINGS, external_optimizers=("mine",)))
+    (missing,) = refused(wanted, allowing)
+
+    assert (forbidden.field, missing.field) == ("spec.optimizer.name",) * 2
+    assert "allowed: mine" in forbidden.expected
+    assert "install the package" in missing.expected
+
+
 def test_an_allowed_service_account_is_allowed() -> None:
     settings = replace(SETTINGS, allowed_service_accounts=("trainers",), allow_host_path=True)
     pod = {
