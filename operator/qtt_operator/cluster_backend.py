@@ -22,7 +22,7 @@ from qtt_operator.informer import JOB_OF_POD as JOB_OF_POD
 from qtt_operator.informer import Informers, job_of, run_uid, without
 from qtt_operator.isolation import isolate
 from qtt_operator.manifests import build_job, build_pod
-from qtt_operator.names import DECISION_ANNOTATION, HELD_ANNOTATION, SUSPENDED_ANNOTATION
+from qtt_operator.names import DECISION_ANNOTATION, FETCHES, HELD_ANNOTATION, SUSPENDED_ANNOTATION
 from qtt_operator.owner import RunObject
 from qtt_operator.pods import JobRequest
 from qtt_operator.settings import OperatorSettings
@@ -77,9 +77,11 @@ class ClusterBackend:
     settings: OperatorSettings
     epoch: int
     clock: Callable[[], float]
+    weights: str = ""
+    """The claim of pretrained weights that Jobs mount, empty for none."""
     opened: Callable[[str], Open | None] = lambda _c: None
-    awaited: Callable[[str, int, int], bool] = lambda _c, _to, _attempt: False
-    """Whether the ledger waits for the end of (configuration, target, attempt)."""
+    attempt_of: Callable[[str, int], int | None] = lambda _c, _to: None
+    """The attempt of (configuration, target) whose end the ledger waits for, if for any."""
     knows: Callable[[str], bool] = lambda _decision: True
     """Whether the ledger holds the decision of this hash."""
     wake_after: Callable[[float], None] = lambda _seconds: None
@@ -126,9 +128,12 @@ class ClusterBackend:
     async def create(self, job: CreateJob, name: str, document: JobDocument) -> None:
         """Create the Job; one of this name and decision is adopted, one of another run replaced."""
         opened = self.opened(job.c)
-        request = JobRequest(job=job, name=name, document=document, opened=opened, epoch=self.epoch)
+        request = JobRequest(
+            job=job, name=name, document=document, opened=opened, epoch=self.epoch,
+            weights=self.weights,
+        )  # fmt: skip
         if self.settings.isolate_steps and not self._isolated:
-            await isolate(self.cluster, self.namespace)
+            await isolate(self.cluster, self.namespace, self.settings.weights_endpoint)
             self._isolated = True
         if not await self._has_claim(job):
             self.wake_after(SOON_SECONDS)  # an old claim of this name is on its way out
@@ -173,6 +178,8 @@ class ClusterBackend:
         if job_ends.needs_deletion(found, self.pods_of(found)):
             await self._delete(found, foreground=False)
             self._forgotten.add(_uid(found))
+        elif is_recorded(found):  # of a decision that the store lost, and that nobody misses
+            self._past.add(_uid(found))
         elif self.commit_delay_seconds:
             self._forgotten.add(_uid(found))
             self._later(self._expire_later(found))
@@ -219,7 +226,7 @@ class ClusterBackend:
         """
         request = JobRequest(
             job=job, name=f"{self.owner.run.name}-check",
-            document=document, opened=None, epoch=self.epoch,
+            document=document, opened=None, epoch=self.epoch, weights=self.weights,
         )  # fmt: skip
         body = build_job(self.owner, request, self.settings)
         try:
@@ -255,7 +262,7 @@ class ClusterBackend:
         seen = job_ends.observed_job(job, self.pods_of(job), self._sight(job))
         opening = self._memory[_uid(job)].opening
         if seen is None or (
-            recorded and opening is None and not self.awaited(seen.c, seen.to, seen.attempt)
+            recorded and opening is None and self.attempt_of(seen.c, seen.to) != seen.attempt
         ):
             return None
         seen = replace(seen, opening=opening)
@@ -291,15 +298,17 @@ class ClusterBackend:
     def _is_past(self, job: Object) -> bool:
         """Whether a Job's end is recorded for good: Jobs that wait for their time to live.
 
-        A store that lost what it knew makes a new back end, so that the answer changes back only
-        for a Job whose time to live somebody took away.
+        A store that lost what it knew makes a new back end, which asks anew; it may still have to
+        come to the attempt of this Job. The answer changes back only where somebody took the time
+        to live away.
         """
         uid = _uid(job)
         if not is_recorded(job):
             self._past.discard(uid)
         elif uid not in self._past and self.knows(decision_of(job)):
             seen = job_ends.observed_job(job, (), job_ends.Sight(now=self.clock()))
-            if seen is None or not self.awaited(seen.c, seen.to, seen.attempt):
+            waits = self.attempt_of(seen.c, seen.to) if seen is not None else None
+            if seen is None or waits is None or waits > seen.attempt:
                 self._past.add(uid)
         return uid in self._past
 
@@ -362,7 +371,11 @@ class ClusterBackend:
         return known
 
     async def _has_claim(self, job: CreateJob) -> bool:
-        """Make the claim that a Job mounts; `prepare` of scope Config mounts none."""
+        """Make the claims that a Job mounts; `prepare` of scope Config mounts none of its own."""
+        if not await self.volumes.ensure_weights(self.weights):
+            return False
+        if job.kind == FETCHES:
+            return True
         if not self.volumes.per_config:
             return await self.volumes.ensure()
         return job.kind != "step" or await self.volumes.ensure(job.c)

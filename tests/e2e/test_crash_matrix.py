@@ -175,8 +175,9 @@ def test_a_full_volume_holds_a_run_until_there_is_room(
     run.until_told(1)
     volume, mount = mounted("ck", "/ck", persistentVolumeClaim={"claimName": "sim-checkpoints"})
     secure = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    script = (
-        "cat /dev/zero > /ck/filler; touch /tmp/full; trap 'exit 0' TERM; while :; do sleep 1; done"
+    script = (  # a write of a page fails while single blocks are left: small files take those
+        "cat /dev/zero > /ck/filler; n=0; while echo x > /ck/filler-$n; do n=$((n + 1)); done;"
+        " touch /tmp/full; trap 'exit 0' TERM; while :; do sleep 1; done"
     )
     filler = pod(
         "filler", script, container={"volumeMounts": [mount], "securityContext": secure},
@@ -190,7 +191,7 @@ def test_a_full_volume_holds_a_run_until_there_is_room(
     run.until_condition("Progressing", "False", "DiskFull", seconds=120)
     told = run.told()
 
-    restricted.execute("filler", "rm", "/ck/filler")
+    restricted.execute("filler", "sh", "-c", "rm /ck/filler*")
 
     events = settled(run, 12)
     assert told < 12
