@@ -24,7 +24,7 @@ from tests.cluster.test_reconcile import (
 Scenario = Callable[[FakeCluster, FakeOperator, str], Awaitable[None]]
 
 
-def play(store: EmbeddedStore, scenario: Scenario) -> tuple[FakeCluster, list[Event]]:
+def play(store: EmbeddedStore, scenario: Scenario) -> list[Event]:
     """One run, one Job at a time; `scenario` is also told the run's uid."""
     cluster = FakeCluster()
 
@@ -35,7 +35,7 @@ def play(store: EmbeddedStore, scenario: Scenario) -> tuple[FakeCluster, list[Ev
             await scenario(cluster, operator, run["metadata"]["uid"])
         return await events_of(store, run)
 
-    return cluster, asyncio.run(main())
+    return asyncio.run(main())
 
 
 def test_a_retry_that_the_store_lost_is_followed_by_the_attempt_that_was_made(
@@ -60,7 +60,7 @@ def test_a_retry_that_the_store_lost_is_followed_by_the_attempt_that_was_made(
         cluster.answer = cluster.succeed
         await complete(cluster, operator)
 
-    cluster, events = play(redis_store, scenario)
+    events = play(redis_store, scenario)
 
     only_once(events)
     assert [(e.reason, e.a) for e in events if isinstance(e, Retry)] == [("preempted", 1)]
@@ -101,6 +101,6 @@ def test_a_job_of_a_lost_decision_that_a_person_gave_up_holds_nothing_up(
         cluster.answer = cluster.succeed
         await complete(cluster, operator)
 
-    _, events = play(redis_store, scenario)
+    events = play(redis_store, scenario)
 
     only_once(events)
