@@ -98,6 +98,17 @@ FLEET = [
         unit="s", stacked=True,
     ),
     Panel(
+        title="Images a second and share of training that waits for images (median)",
+        asked={
+            "images/s": quantile(0.5, "step_images_per_second"),
+            "waiting": quantile(0.5, "step_data_wait_ratio"),
+        },
+    ),
+    Panel(
+        title="Most memory of a step on its device (p90)",
+        asked={"p90": quantile(0.9, "step_peak_memory_bytes")}, unit="bytes",
+    ),
+    Panel(
         title="Progress of active runs",
         asked={"{{namespace}}/{{run}}": "quicktune_run_progress_ratio"},
         kind="bargauge", unit="percentunit",

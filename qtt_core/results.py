@@ -93,6 +93,7 @@ class StepResult:
     timing: Mapping[str, float] = field(default_factory=dict)
     gpu: str = ""
     memory_mb: int = 0
+    images_per_second: float = 0.0
     micro_batch: int = 0
     effective_batch: int = 0
     inert: tuple[str, ...] = ()
@@ -129,6 +130,7 @@ class StepResult:
             for key, value in (
                 ("gpu", self.gpu),
                 ("mem_mb", self.memory_mb),
+                ("ips", round(self.images_per_second, 2)),
                 ("micro", self.micro_batch),
                 ("eb", self.effective_batch),
                 ("inert", list(self.inert)),
@@ -171,6 +173,7 @@ class StepResult:
                 timing={str(k): float(v) for k, v in raw.get("t", {}).items()},
                 gpu=str(raw.get("gpu", "")),
                 memory_mb=int(raw.get("mem_mb", 0)),
+                images_per_second=float(raw.get("ips", 0.0)),
                 micro_batch=int(raw.get("micro", 0)),
                 effective_batch=int(raw.get("eb", 0)),
                 inert=tuple(str(name) for name in raw.get("inert", ())),

@@ -17,6 +17,9 @@ import qtt_core
 
 SHORT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2.5, 5, 10, 30)
 LONG = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+SHARE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1)
+SPEED = (10, 30, 100, 300, 1000, 3000, 10_000, 30_000)
+BYTES = tuple(2.0**power for power in range(28, 38))  # 256 MiB to 128 GiB
 RATIO = (0.1, 0.25, 0.5, 0.7, 0.85, 1, 1.15, 1.4, 2, 4, 10)
 RUN = ("namespace", "run")
 
@@ -142,6 +145,9 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 HISTOGRAMS: dict[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
     "step_phase_seconds": ("Parts of a step's time.", ("phase",), LONG),
+    "step_images_per_second": ("Images trained in a second of training.", (), SPEED),
+    "step_data_wait_ratio": ("Share of training in which no batch was there.", (), SHARE),
+    "step_peak_memory_bytes": ("The most memory of a step, of its device.", (), BYTES),
     "cost_prediction_ratio": ("Measured over predicted seconds of a step.", (), RATIO),
     "optimizer_ask_seconds": ("Time of an ask.", ("algorithm",), SHORT),
     "optimizer_tell_seconds": ("Time to tell results.", ("algorithm",), SHORT),

@@ -6,6 +6,7 @@ epoch, so that a new leader which reads the whole stream counts none of it again
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -73,6 +74,8 @@ class RunMetrics:
                 job = jobs[action.event.c, action.event.to]
                 for phase, seconds in phases(job, context.clock()):
                     self._metrics.observe("step_phase_seconds", seconds, phase)
+                for name, value in measures(job):
+                    self._metrics.observe(name, value)
 
     def describe(
         self, context: RunContext, namespace: str, *, so_far: Progress, saved: int
@@ -159,6 +162,20 @@ def phases(job: ObservedJob, now: float) -> Iterable[tuple[str, float]]:
     yield from measured.items()
     if end.ended_at is not None:
         yield "collect", max(0.0, now - end.ended_at)
+
+
+def measures(job: ObservedJob) -> Iterable[tuple[str, float]]:
+    """(metric, value) of what the trainer saw of itself; it may say any number."""
+    result = job.verdict.result if job.verdict is not None else None
+    if result is None or result.cached or not result.epochs:
+        return
+    if 0.0 < result.images_per_second < math.inf:
+        yield "step_images_per_second", result.images_per_second
+    trained, waited = result.timing.get("train", 0.0), result.timing.get("wait", 0.0)
+    if 0.0 <= waited <= trained < math.inf and trained > 0.0:
+        yield "step_data_wait_ratio", waited / trained
+    if result.memory_mb > 0:
+        yield "step_peak_memory_bytes", result.memory_mb * 1e6
 
 
 def orphans(context: RunContext) -> Counter[str]:

@@ -41,8 +41,11 @@ def answering(cluster: FakeCluster) -> None:
             spared.append(document.step)
             return 143, ""
         result = result_of(command, document, cluster.volume)
-        timing = {"load": 0.5, "train": 2.0, "eval": 0.2, "save": 0.1}
-        result = replace(result, timing=timing, gpu=f"GPU-{document.config_id}")
+        timing = {"load": 0.5, "train": 2.0, "wait": 0.5, "eval": 0.2, "save": 0.1}
+        result = replace(
+            result, timing=timing, gpu=f"GPU-{document.config_id}", images_per_second=150.0,
+            memory_mb=900,
+        )  # fmt: skip
         return EXIT_CODES[State.OK], result.encode()
 
     cluster.answer = answer
@@ -62,6 +65,9 @@ def test_a_run_gives_every_metric_a_value_and_its_own_series_end_with_it(
     assert not missing
     assert set(re.findall(r'step_phase_seconds_count{phase="(\w+)"}', after)) == PHASES
     assert 'quicktune_steps_total{namespace="default",outcome="ok"} 6.0' in after
+    assert 'quicktune_step_data_wait_ratio_bucket{le="0.3"} 6.0' in after
+    assert "quicktune_step_images_per_second_sum 900.0" in after
+    assert "quicktune_step_peak_memory_bytes_sum 5.4e+09" in after
     assert 'quicktune_step_failures_total{namespace="default",reason="preempted"} 1.0' in after
     assert 'quicktune_runs{namespace="default",phase="Completed"} 1.0' in after
     assert 'run="toy"' in during

@@ -71,10 +71,18 @@ def test_a_failed_step_has_the_worst_score_and_keeps_its_curve(metric: str, wors
 def test_the_message_tells_the_epochs_behind_the_jobs_start_and_nothing_twice() -> None:
     facts = {
         "checkpoint": {"dir": "c1/f3", "sha256": "f" * 64, "bytes": 10},
-        "timing": {"startup": 1.0, "data": 0.5, "train": 3.0, "eval": 0.2, "checkpoint": 0.1},
+        "timing": {
+            "startup": 1.0,
+            "data": 0.5,
+            "train": 3.0,
+            "wait": 1.25,
+            "eval": 0.2,
+            "checkpoint": 0.1,
+        },
         "micro_batch": 8,
         "effective_batch": 16,
         "inert": ["sp_reg"],
+        "images_per_second": 123.456,
     }
     result = step_result(
         header(), state=State.OK, curve=[row(1, 0.8), row(2, 0.9), row(3, 0.7)], facts=facts
@@ -84,7 +92,8 @@ def test_the_message_tells_the_epochs_behind_the_jobs_start_and_nothing_twice() 
     parsed = StepResult.parse(message.encode(), nonce="abc", attempt=2)
 
     assert [e.epoch for e in parsed.epochs] == [2, 3]
-    assert parsed.timing == {"load": 1.5, "train": 3.0, "eval": 0.2, "save": 0.1}
+    assert parsed.timing == {"load": 1.5, "train": 3.0, "wait": 1.25, "eval": 0.2, "save": 0.1}
+    assert parsed.images_per_second == 123.46
     assert (parsed.micro_batch, parsed.effective_batch, parsed.inert) == (8, 16, ("sp_reg",))
     assert parsed.checkpoint_sha256 == "f" * 64
 

@@ -300,6 +300,7 @@ class _Epoch:
         partial = self.session.partial
         partial["seconds"] = partial.get("seconds", 0.0) + seconds
         partial["images"] = partial.get("images", 0.0) + images
+        partial["waited"] = partial.get("waited", 0.0) + waited
         self.waited += waited
         self.seen_here += images
         self.seconds_here += seconds

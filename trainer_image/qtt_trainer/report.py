@@ -120,9 +120,10 @@ def step_message(result: Mapping[str, Any], *, fidelity_from: int) -> StepResult
         checkpoint_bytes=checkpoint.get("bytes", 0),
         timing=times
         | {"save": timing.get("checkpoint", 0.0)}
-        | {name: timing[name] for name in ("progress",) if timing.get(name)},
+        | {name: timing[name] for name in ("progress", "wait") if timing.get(name)},
         gpu=gpu.get("product", ""),
         memory_mb=int(gpu.get("peak_mem_bytes", 0) / 1e6),
+        images_per_second=result.get("images_per_second", 0.0),
         micro_batch=result.get("micro_batch", 0),
         effective_batch=result.get("effective_batch", 0),
         inert=tuple(result.get("inert", ())),

@@ -211,13 +211,14 @@ def _one_epoch(
 ) -> None:
     """Train and score one epoch; the session then stands at the beginning of the next."""
     job = work.job
-    before = session.partial.get("seconds", 0.0)
+    before = dict(session.partial)
     try:
         loss = loop.train_epoch(
             session, loaders[0], seed=job.seed, config_id=job.config_id, watch=watch
         )
     finally:
-        work.timing.add("train", session.partial.get("seconds", 0.0) - before)
+        for name, key in (("train", "seconds"), ("wait", "waited")):
+            work.timing.add(name, session.partial.get(key, 0.0) - before.get(key, 0.0))
     _started(work)  # an epoch that only lacked its evaluation had no batch
     mark = time.monotonic()
     evaluator = loop.evaluate(

@@ -46,11 +46,11 @@ REQUIRED = ("model", "opt", "lr", "batch_size")
 
 @dataclass(slots=True, kw_only=True)
 class Timing:
-    """Seconds by purpose."""
+    """Seconds by purpose; `wait` is the part of `train` in which no batch was there."""
 
     parts: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(
-            ("startup", "data", "train", "eval", "checkpoint"), 0.0
+            ("startup", "data", "train", "wait", "eval", "checkpoint"), 0.0
         )
     )
 
