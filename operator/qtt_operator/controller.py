@@ -20,7 +20,13 @@ from typing import Any
 import kopf
 from redis.asyncio import Redis
 
-from qtt_core.errors import ClusterError, QuickTuneError, StoreError, StoreUnavailableError
+from qtt_core.errors import (
+    ClusterError,
+    QuickTuneError,
+    StaleEpochError,
+    StoreError,
+    StoreUnavailableError,
+)
 from qtt_operator import http_port
 from qtt_operator.active_run import Key
 from qtt_operator.cli import Outcome
@@ -30,6 +36,7 @@ from qtt_operator.cluster_events import EVERY_SECONDS
 from qtt_operator.cluster_status import ended
 from qtt_operator.exits import INTERRUPTED
 from qtt_operator.failpoints import reached
+from qtt_operator.fenced import pods_folder, remember, remembered
 from qtt_operator.informer import Informer, Informers, run_uid
 from qtt_operator.leader import Leader
 from qtt_operator.metrics import Metrics
@@ -78,6 +85,8 @@ async def run_operator(settings: OperatorSettings) -> None:
 def stop_at_once(error: BaseException) -> None:
     """End this process now: another one may already be working."""
     log.critical("stopping: %s", error)
+    if isinstance(error, StaleEpochError):
+        remember(pods_folder())
     logging.shutdown()
     os._exit(INTERRUPTED)
 
@@ -103,6 +112,8 @@ class Operator:
             copies=self._copies,
         )  # fmt: skip
         cluster.observer = self._metrics.api_called
+        if fenced := remembered(pods_folder()):
+            self._metrics.add("store_commit_results", "stale", amount=fenced)
 
     async def run(self) -> None:
         """Stand by, lead, and let go in order when a signal ends kopf."""
