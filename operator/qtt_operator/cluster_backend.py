@@ -92,7 +92,8 @@ class ClusterBackend:
     _memory: dict[str, _Memory] = field(default_factory=dict)
     _gone: dict[str, ObservedJob] = field(default_factory=dict)
     _forgotten: set[str] = field(default_factory=set)
-    _past: set[str] = field(default_factory=set)
+    _past: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    """Uid of a recorded Job -> its step: a cache, its labels and annotations say it too."""
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     volumes: Volumes = field(init=False)
     _isolated: bool = field(init=False, default=False)
@@ -174,7 +175,7 @@ class ClusterBackend:
             await self._delete(found, foreground=False)
             self._forgotten.add(_uid(found))
         elif is_recorded(found):  # of a decision that the store lost, and that nobody misses
-            self._past.add(_uid(found))
+            self._past[_uid(found)] = _step_of(found)
         elif self.commit_delay_seconds:
             self._forgotten.add(_uid(found))
             self._later(self._expire_later(found))
@@ -191,7 +192,7 @@ class ClusterBackend:
         if seen is not None:
             self._gone[seen.name] = seen
         self._forgotten.discard(uid)
-        self._past.discard(uid)
+        self._past.pop(uid, None)
         self._memory.pop(uid, None)
 
     def pod_deleted(self, pod: Object) -> None:
@@ -291,21 +292,20 @@ class ClusterBackend:
         )  # fmt: skip
 
     def _is_past(self, job: Object) -> bool:
-        """Whether a Job's end is recorded for good: Jobs that wait for their time to live.
+        """Whether a Job waits for its time to live: its end is recorded, and the ledger says so.
 
-        A store that lost what it knew makes a new back end, which asks anew; it may still have to
-        come to the attempt of this Job. The answer changes back only where somebody took the time
-        to live away.
+        A store that lost its tail may have to come to the attempt of this Job again.
         """
         uid = _uid(job)
         if not is_recorded(job):
-            self._past.discard(uid)
+            self._past.pop(uid, None)
         elif uid not in self._past and self.knows(decision_of(job)):
-            seen = job_ends.observed_job(job, (), job_ends.Sight(now=self.clock()))
-            waits = self.attempt_of(seen.c, seen.to) if seen is not None else None
-            if seen is None or waits is None or waits > seen.attempt:
-                self._past.add(uid)
-        return uid in self._past
+            self._past[uid] = _step_of(job)
+        if uid not in self._past:
+            return False
+        c, to, attempt = self._past[uid]
+        waits = self.attempt_of(c, to)
+        return waits is None or waits > attempt
 
     async def _read_decision(self, job: Object) -> None:
         """Keep the decision of a Job if the ledger lacks it; our copies lack its document."""
@@ -404,6 +404,12 @@ class ClusterBackend:
 def is_recorded(job: Object) -> bool:
     """Whether its end was recorded: only then a Job gets a time to live."""
     return (job.get("spec") or {}).get("ttlSecondsAfterFinished") is not None
+
+
+def _step_of(job: Object) -> tuple[str, int, int]:
+    """Configuration, target and attempt; of a Job that is no step, nothing the ledger waits for."""
+    seen = job_ends.observed_job(job, (), job_ends.Sight(now=0.0))
+    return (seen.c, seen.to, seen.attempt) if seen is not None else ("", 0, 0)
 
 
 def _uid(found: Object) -> str:

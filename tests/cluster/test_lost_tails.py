@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import pytest
+
 from qtt_core.ledger.events import Event, Retry
 from qtt_operator.cluster import RUNS, Object
-from qtt_operator.cluster_backend import is_recorded
+from qtt_operator.cluster_backend import JOB_OF_POD, ClusterBackend, is_recorded
 from qtt_operator.store import EmbeddedStore
 from tests.cluster.fake_cluster import FakeCluster, document_of
 from tests.cluster.fake_operator import FakeOperator, manifest
@@ -64,6 +66,36 @@ def test_a_retry_that_the_store_lost_is_followed_by_the_attempt_that_was_made(
 
     only_once(events)
     assert [(e.reason, e.a) for e in events if isinstance(e, Retry)] == [("preempted", 1)]
+
+
+def test_an_end_that_was_lost_before_anybody_read_it_is_recorded_once_more(
+    redis_store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process cannot notice: the newest event that it has read is still there."""
+    kept: dict[str, bytes] = {}
+    lost: list[str] = []
+    forget = ClusterBackend.forget
+
+    async def scenario(cluster: FakeCluster, operator: FakeOperator, uid: str) -> None:
+        async def forgets(backend: ClusterBackend, job: str) -> None:
+            await forget(backend, job)
+            if job in lost and len(lost) < 3:  # not yet recorded, then recorded
+                put_back(redis_store, uid, kept)
+                lost.append(job)
+
+        def answer(pod: Object) -> tuple[int, str] | None:
+            if document_of(pod)[0] == "step" and not kept:
+                kept.update(keys_of(redis_store, uid))
+                lost.append(pod["metadata"]["labels"][JOB_OF_POD])
+            return cluster.succeed(pod)
+
+        monkeypatch.setattr(ClusterBackend, "forget", forgets)
+        cluster.answer = answer
+        await operator.until(lambda: len(lost) == 3)
+        await complete(cluster, operator)
+
+    only_once(play(redis_store, scenario))
+    assert len(lost) == 3
 
 
 def test_a_job_of_a_lost_decision_that_a_person_gave_up_holds_nothing_up(
