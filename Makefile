@@ -85,7 +85,7 @@ CLUSTER := $(PY) tests/testbed/cluster.py run --resource nvidia.com/gpu=4 --audi
 
 testbed: venv ## the end-to-end tests, in a Kubernetes that they boot; needs Linux, root and Go
 	@$(PY) tests/testbed/machine.py
-	@images=$$($(PY) tests/testbed/images.py) && $(CLUSTER) --image $$images -- \
+	@images=$$($(PY) tests/testbed/images.py) && $(CLUSTER) --nodes 2 --image $$images -- \
 		tests/testbed/run_tests.sh $(PY) $(PYTEST_FLAGS)
 
 e2e: ## that cluster, the chart, a run to Complete, upgrade and rollback in its middle, uninstall

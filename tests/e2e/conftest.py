@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -136,10 +136,20 @@ def operator(testbed: Testbed, root: Path, request: pytest.FixtureRequest) -> Ku
 
 @pytest.fixture
 def simulate(operator: Kube) -> Simulate:
-    """`simulate(kube, seconds=3, parallelism=2)` starts a run whose steps sleep so long."""
+    """`simulate(kube, seconds=3, parallelism=2)` starts a run whose steps sleep so long.
 
-    def start(kube: Kube, name: str = "sim", *, system: Kube = operator, **fields: Any) -> Run:
-        kube.create(claim("data", "1Gi"), simulated(name, **fields))
+    `modes`: of its claim of data, which else keeps all pods on one node.
+    """
+
+    def start(
+        kube: Kube,
+        name: str = "sim",
+        *,
+        system: Kube = operator,
+        modes: Sequence[str] = ("ReadWriteOnce",),
+        **fields: Any,
+    ) -> Run:
+        kube.create(claim("data", "1Gi", modes=modes), simulated(name, **fields))
         return Run(kube=kube, system=system, name=name)
 
     return start
