@@ -7,6 +7,7 @@ are checked against the operator's by tests/chart/test_dashboards.py, which also
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,25 +65,28 @@ def middle_and_tail(metric: str, by: str = "") -> dict[str, str]:
     return {f"p{q * 100:.0f}{suffix}": quantile(q, metric, by) for q in (0.5, 0.99)}
 
 
+def split(
+    title: str, asked: Callable[[str, str], str], metric: str, by: str, **options: Any
+) -> Panel:
+    """A panel of one metric, a line for each value of its labels."""
+    legend = " ".join(f"{{{{{label}}}}}" for label in by.split(", "))
+    return Panel(title=title, asked={legend: asked(metric, by)}, **options)
+
+
 FLEET = [
-    Panel(title="Runs by phase", asked={"{{phase}}": now("runs", "phase")}, stacked=True),
-    Panel(title="Open Jobs", asked={"{{state}}": now("run_open_jobs", "state")}, stacked=True),
-    Panel(
-        title="Steps a minute, by outcome",
-        asked={"{{outcome}}": a_minute("steps_total", "outcome")}, stacked=True,
+    split("Runs by phase", now, "runs", "phase", stacked=True),
+    split("Open Jobs", now, "run_open_jobs", "state", stacked=True),
+    split("Steps a minute, by outcome", a_minute, "steps_total", "outcome", stacked=True),
+    split(
+        "Devices in use, by what for", rate, "step_cost_gpu_seconds_total", "kind", stacked=True
     ),
-    Panel(
-        title="Devices in use, by what for",
-        asked={"{{kind}}": rate("step_cost_gpu_seconds_total", "kind")}, stacked=True,
+    split(
+        "Device-seconds in this time, by device", in_sight, "step_cost_gpu_seconds_total",
+        "gpu_product", kind="bargauge", unit="s",
     ),
-    Panel(
-        title="Device-seconds in this time, by device",
-        asked={"{{gpu_product}}": in_sight("step_cost_gpu_seconds_total", "gpu_product")},
-        kind="bargauge", unit="s",
-    ),
-    Panel(
-        title="Attempts without a result in this time, by reason",
-        asked={"{{reason}}": in_sight("step_failures_total", "reason")}, kind="bargauge",
+    split(
+        "Attempts without a result in this time, by reason", in_sight, "step_failures_total",
+        "reason", kind="bargauge",
     ),
     Panel(
         title="Time in a queue",
@@ -155,13 +159,10 @@ ONE_RUN = [
 
 OPERATOR = [
     Panel(title="Leader", asked={"{{instance}}": "quicktune_leader"}, kind="stat"),
-    Panel(title="Version", asked={"{{version}}": now("build_info", "version")}, kind="stat"),
+    split("Version", now, "build_info", "version", kind="stat"),
     Panel(title="Epoch", asked={"{{instance}}": "quicktune_lease_epoch"}, kind="stat"),
     Panel(title="Time of a turn", asked=middle_and_tail("reconcile_seconds"), unit="s"),
-    Panel(
-        title="Turns that failed a minute, by reason",
-        asked={"{{reason}}": a_minute("reconcile_errors_total", "reason")},
-    ),
+    split("Turns that failed a minute, by reason", a_minute, "reconcile_errors_total", "reason"),
     Panel(
         title="Runs that wait for a turn",
         asked={
@@ -181,14 +182,9 @@ OPERATOR = [
         },
     ),
     Panel(title="Event loop late by", asked=middle_and_tail("event_loop_lag_seconds"), unit="s"),
-    Panel(
-        title="API calls a second, by answer",
-        asked={"{{code}}": rate("api_requests_total", "code")}, stacked=True,
-    ),
-    Panel(
-        title="API calls a second, by what",
-        asked={"{{verb}} {{resource}}": rate("api_requests_total", "verb, resource")},
-        stacked=True,
+    split("API calls a second, by answer", rate, "api_requests_total", "code", stacked=True),
+    split(
+        "API calls a second, by what", rate, "api_requests_total", "verb, resource", stacked=True
     ),
     Panel(
         title="Time of an API call; waiting for our own limit",
