@@ -35,6 +35,7 @@ examples:
                                                every configuration
   qtt logs birds 17                            what configuration 17 printed
   qtt weights fetch --hub timm24 --to DIR      for machines without a way out
+  qtt data push ~/flowers datasets:flowers     onto a claim of a cluster
 """
 
 Handler = Callable[[argparse.Namespace], "Outcome"]
@@ -141,6 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_readers(verbs)
     _add_ledger(verbs)
     _add_weights(verbs)
+    _add_data(verbs)
     _add_controller(verbs)
     return parser
 
@@ -294,6 +296,32 @@ def _add_weights(verbs: Verbs[_Parser]) -> None:
     )  # fmt: skip
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="holds an access token")
     parser.add_argument("--verify", action="store_true", help="digest what is there, too")
+    _format_option(parser)
+
+
+def _add_data(verbs: Verbs[_Parser]) -> None:
+    parser = _verb(
+        verbs, "data", "qtt_operator.push:push_verb", "copy a local folder onto a cluster's claim"
+    )
+    parser.epilog = (
+        "A short-lived pod mounts the claim. Every file is compared by its digest; the folder\n"
+        "appears under its name when all are there. The same command goes on after a break\n"
+        "and sends nothing twice."
+    )
+    parser.add_argument("action", choices=("push",), help="what to do")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="its contents are copied")
+    parser.add_argument("target", metavar="CLAIM[:path]", help="where to, path: a folder to make")
+    parser.add_argument("-n", "--namespace", metavar="NAME", help="default: the context's")
+    parser.add_argument("--context", metavar="NAME", help="of your kubeconfig")
+    parser.add_argument("--replace", action="store_true", help="replace what has the same name")
+    parser.add_argument(
+        "--image", default="docker.io/library/busybox:1.37", metavar="IMAGE",
+        help="of the pod: any with sh, tar, find and sha256sum (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--wait", type=float, default=300.0, metavar="S",
+        help="seconds until the pod must run (default: 300)",
+    )  # fmt: skip
     _format_option(parser)
 
 

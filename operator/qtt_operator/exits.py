@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from qtt_core.errors import (
+    ClusterError,
     DataError,
     QuickTuneError,
     RunLockedError,
@@ -41,6 +42,7 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (  # the first that fits, 
     (StaleEpochError, INTERRUPTED),
     (StoreUnavailableError, UNAVAILABLE),
     (StoreError, UNAVAILABLE),
+    (ClusterError, UNAVAILABLE),
     (VolumeError, IO_ERROR),
     (RunLockedError, INTERRUPTED),
     (QuickTuneError, BUG),
