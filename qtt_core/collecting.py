@@ -17,6 +17,7 @@ from qtt_core.ledger.events import (
     Note,
     Prepared,
     Retry,
+    WeightsFetched,
     done_key,
     is_evaluation,
     is_pseudo,
@@ -60,6 +61,11 @@ def _commit(i: PlannerInput, entry: OpenEntry, job: ObservedJob) -> Iterator[Act
     if job.verdict.kind is Ending.PREPARED:
         key = done_key(PREPARE, entry.to)
         yield RecordNote(event=_prepared(i, entry, job.verdict, job.end), key=key)
+    elif job.verdict.kind is Ending.FETCHED:
+        fetched = WeightsFetched(
+            to=entry.to, a=entry.attempt, claim=i.supply.claim, models=i.supply.models
+        )
+        yield RecordNote(event=fetched, key=done_key(entry.c, entry.to))
     elif job.verdict.kind is Ending.EVALUATED:
         yield RecordNote(event=_evaluated(entry, job.verdict), key=done_key(entry.c, entry.to))
     else:

@@ -185,12 +185,9 @@ def held(i: PlannerInput) -> tuple[str, str] | None:
             "InfraRetriesExhausted",
             f"{i.ledger.cancelled_in_a_row} steps in a row used up their retries; see the logs",
         )
-    lacking = i.ledger.prepared.missing_weights if i.ledger.prepared is not None else ()
-    if lacking and i.spec.weights.fetch == "Never":
-        return "WeightsMissing", (
-            f"no pretrained weights for {', '.join(lacking)}, and weights.fetch is Never: put them"
-            " on the claim, then annotate quicktune.dev/retry with a new token"
-        )
+    lacking = _lacking_weights(i)
+    if lacking:
+        return "WeightsMissing", lacking
     if i.ledger.dataset_changed:
         return "DatasetChanged", i.ledger.dataset_changed
     full = [e.c for e in i.ledger.open.values() if e.retries[-1:] == (State.DISK_FULL.value,)]
@@ -199,6 +196,28 @@ def held(i: PlannerInput) -> tuple[str, str] | None:
     if is_resting(i):
         return "OptimizerUnhealthy", i.optimizer.error
     return None
+
+
+def _lacking_weights(i: PlannerInput) -> str:
+    """Which models have no weights, why, and what to type; empty if none is known to lack them."""
+    missing = i.ledger.prepared.missing_weights if i.ledger.prepared is not None else ()
+    if i.ledger.weights_missing:
+        why = i.ledger.weights_missing
+    elif missing and (i.supply.offline or i.spec.weights.fetch == "Never"):
+        why = f"no pretrained weights for {', '.join(missing)}"
+    else:
+        return ""
+    hub, claim = i.supply.hub or "HUB", i.supply.claim or "CLAIM"
+    return (
+        f"{why[:600]}. Where the hub can be reached: qtt weights fetch --hub {hub} --to DIR; then"
+        f" qtt data push DIR {claim}, then annotate quicktune.dev/retry with a new token"
+    )
+
+
+def awaits_weights(i: PlannerInput) -> bool:
+    """Whether a `weights` job must end well before the data set is read."""
+    ledger = i.ledger
+    return bool(i.supply.models) and ledger.weights is None and ledger.prepared is None
 
 
 def _regressed(steps: int) -> str:

@@ -70,6 +70,7 @@ class Ending(StrEnum):
     RESULT = "result"
     PREPARED = "prepared"
     EVALUATED = "evaluated"
+    FETCHED = "fetched"
     BAD_JOB = "bad_job"
     BAD_DATA = "bad_data"
     BUG = "bug"
@@ -199,6 +200,21 @@ class Wishes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Supply:
+    """Where pretrained weights come from; on one machine, where steps fetch them, the default.
+
+    `models`: those that one `weights` job looks for in `claim` and fetches if they are not there,
+    before `prepare`; empty: nothing may or need be fetched. `hub`: as a person names it.
+    """
+
+    models: tuple[str, ...] = ()
+    claim: str = ""
+    hub: str = ""
+    offline: bool = False
+    """Steps have no network: a model without weights would fail."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerInput:
     """Everything a decision may depend on; `now` in seconds since 1970.
 
@@ -215,6 +231,7 @@ class PlannerInput:
     wishes: Wishes = Wishes()
     candidates: tuple[Candidate, ...] = ()
     counted_steps: int = 0
+    supply: Supply = Supply()
 
 
 # --- actions ---------------------------------------------------------------------------------

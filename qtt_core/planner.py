@@ -14,6 +14,7 @@ from dataclasses import replace
 from qtt_core.collecting import closing, collect
 from qtt_core.ledger.events import (
     PREPARE,
+    WEIGHTS,
     Cancel,
     Note,
     Open,
@@ -25,6 +26,7 @@ from qtt_core.ledger.events import (
 from qtt_core.ledger.fold import RETRY_NOTE
 from qtt_core.limits import (
     PREPARE_TIMEOUT,
+    awaits_weights,
     budget_view,
     end_reason,
     entry_of,
@@ -218,29 +220,41 @@ def _avoided(i: PlannerInput) -> tuple[str, ...]:
     return tuple(sorted(node for node, since in bad if i.now - since < AVOID_SECONDS))
 
 
+def _weights(i: PlannerInput) -> Iterator[Action]:
+    """Fetch what the run's claim lacks, before anything else mounts it."""
+    asked = WEIGHTS in i.ledger.open or i.ledger.weights_missing
+    if may_open(i) and awaits_weights(i) and not asked:
+        yield _opened_alone(i, WEIGHTS, 0, reserved=0.0)
+
+
 def _prepare(i: PlannerInput) -> Iterator[Action]:
     """Read the data set before anything is asked; then build the optimizer.
 
     Data that changed are read again when a person asks for it; the trainer compares.
     """
-    if not may_open(i):
+    if not may_open(i) or awaits_weights(i):
         return
     before = i.ledger.prepared
     if (before is None or i.ledger.recheck) and PREPARE not in i.ledger.open:
         frm = 0 if before is None else before.to
-        decision = decision_hash(
-            uid=i.identity.uid, config=PREPARE, fidelity_from=frm, fidelity_to=frm + 1,
-            config_digest="", space_sha=i.identity.space_sha, seed=i.identity.seed,
-            position=i.ledger.last_id,
-        )  # fmt: skip
-        event = Open(
-            c=PREPARE, frm=frm, to=frm + 1, a=next_attempt(i, PREPARE, frm + 1), h=decision,
-            res=PREPARE_SECONDS, ver=i.identity.version, tpl=template_hash(i.spec),
-        )  # fmt: skip
-        yield OpenStep(event=event, config=None)
+        yield _opened_alone(i, PREPARE, frm, reserved=PREPARE_SECONDS)
     idle = not (i.optimizer.loaded or i.optimizer.busy or is_resting(i))
     if i.ledger.prepared is not None and idle:
         yield LoadOptimizer()
+
+
+def _opened_alone(i: PlannerInput, c: str, frm: int, *, reserved: float) -> OpenStep:
+    """The decision to run a pseudo-configuration."""
+    decision = decision_hash(
+        uid=i.identity.uid, config=c, fidelity_from=frm, fidelity_to=frm + 1,
+        config_digest="", space_sha=i.identity.space_sha, seed=i.identity.seed,
+        position=i.ledger.last_id,
+    )  # fmt: skip
+    event = Open(
+        c=c, frm=frm, to=frm + 1, a=next_attempt(i, c, frm + 1), h=decision,
+        res=reserved, ver=i.identity.version, tpl=template_hash(i.spec),
+    )  # fmt: skip
+    return OpenStep(event=event, config=None)
 
 
 def _open(i: PlannerInput) -> Iterator[Action]:
@@ -315,6 +329,6 @@ def _next_deadline(i: PlannerInput) -> float:
 
 _POLICIES = (
     _start, _readopt, collect, _retry, evaluate, finetune, _reopen, _close, _recreate,
-    _prepare, _open, _ask,
+    _weights, _prepare, _open, _ask,
 )  # fmt: skip
 """In the order they are tried; the first that has work makes the plan."""

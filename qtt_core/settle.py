@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qtt_core.ledger.events import Cancel, Done, Fail, Retry, is_pseudo
+from qtt_core.ledger.events import WEIGHTS, Cancel, Done, Fail, Retry, is_pseudo
 from qtt_core.ledger.fold import APP_REASONS, OpenEntry
 from qtt_core.plan import Cause, Ending, JobEnd, Verdict
 from qtt_core.results import State
@@ -40,6 +40,12 @@ GROWTH = 1.5
 
 OOM_KILLS = 2
 """Host out-of-memory kills that are retried before the configuration counts as too large."""
+
+FETCHES = 3
+"""Attempts at fetching weights before a person is asked."""
+
+MESSAGE, MODELS_MESSAGE = 300, 900
+"""Characters of a trainer's words that are kept; those of `weights` name models."""
 
 CORRUPT_LIMIT = 3
 """Unreadable checkpoints: retry, then restart from zero, then give the configuration up."""
@@ -109,7 +115,8 @@ def _infra(entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec) -> Fa
     if reason == State.WEIGHTS_CORRUPT.value and _count(entry, reason) >= 1:
         return _cancel(entry, verdict, end, spec, retire=True)
     counted = sum(1 for past in entry.retries if past not in UNCOUNTED)
-    if counted >= spec.failure_policy.max_infra_retries_per_step:
+    policy = spec.failure_policy.max_infra_retries_per_step
+    if counted >= (FETCHES - 1 if entry.c == WEIGHTS else policy):
         return _cancel(entry, verdict, end, spec, retire=False)
     return _retry(entry, verdict, end, spec)
 
@@ -163,9 +170,10 @@ def _retry(entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec) -> Re
 def _cancel(
     entry: OpenEntry, verdict: Verdict, end: JobEnd, spec: RunSpec, *, retire: bool
 ) -> Cancel:
+    kept = MODELS_MESSAGE if entry.c == WEIGHTS else MESSAGE
     return Cancel(
         c=entry.c, to=entry.to, a=entry.attempt, reason=verdict.reason, retire=retire,
-        dev=charged_seconds(end, spec), q=end.queue_seconds, msg=verdict.message[-300:],
+        dev=charged_seconds(end, spec), q=end.queue_seconds, msg=verdict.message[-kept:],
     )  # fmt: skip
 
 

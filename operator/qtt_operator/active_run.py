@@ -32,6 +32,7 @@ from qtt_operator.redis_client import refuse_eviction
 from qtt_operator.redis_ledger import RedisLedger
 from qtt_operator.references import places, require_claims, resolve
 from qtt_operator.settings import OperatorSettings
+from qtt_operator.supplies import build_weights_claim, supply_of
 from qtt_operator.turn import Reply, RunContext
 
 Key = tuple[str, str]
@@ -130,15 +131,17 @@ async def start_run(key: Key, found: Object, around: Surroundings) -> ActiveRun:
         raise StaleEpochError(f"epoch {around.epoch} is fenced; a newer leader works")
     state = fold(await ledger.read())
     check_drift(state, owner, resolved.files)
+    supply = supply_of(run, resolved.hub, around.settings)
     if state.prepared is None:
-        await require_claims(around.cluster, run)
+        ours = build_weights_claim(owner, supply.claim, around.settings) is not None
+        supply = await require_claims(around.cluster, run, supply, ours=ours)
     if state.run is None:
         await refuse_eviction(ledger.client)
     optimizer = around.share.port(run.spec.optimizer.timeout)
     contents = RunContents(
         spec=run.spec, identity=replace(_identity(owner, state), files=resolved.files),
         hub=resolved.hub,
-        places=places(run), space_definition=resolved.space_definition,
+        places=places(supply), space_definition=resolved.space_definition, supply=supply,
     )  # fmt: skip
     space = await optimizer.describe(optimizer_setup(contents, state))
     identity = replace(contents.identity, space_id=space.space_id, space_sha=space.space_sha)
@@ -164,7 +167,7 @@ def _assemble(
     house = Housekeeping(Path())
     backend = ClusterBackend(
         cluster=around.cluster, copies=around.copies, owner=owner, settings=around.settings,
-        epoch=around.epoch, clock=around.clock,
+        epoch=around.epoch, clock=around.clock, weights=contents.supply.claim,
         wake_after=lambda after: around.enqueue(key, after),
         room=lambda wanted: around.room(key, wanted),
         commit_delay_seconds=around.commit_delay_seconds(),

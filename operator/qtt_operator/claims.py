@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qtt_core.spec import RunSpec
-from qtt_operator.names import CONFIG_LABEL, checkpoint_claim, config_claim
+from qtt_operator.names import CONFIG_LABEL, SHARED_WEIGHTS, checkpoint_claim, config_claim
 from qtt_operator.owner import Object, RunObject, owner_labels, owner_reference
 from qtt_operator.settings import ClaimDefaults
 
@@ -51,7 +51,7 @@ def build_claim(owner: RunObject, defaults: ClaimDefaults, c: str = "") -> Objec
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
         "metadata": metadata,
-        "spec": dict(template) if template else _default_spec(defaults),
+        "spec": dict(template) if template else default_spec(defaults),
     }
 
 
@@ -90,6 +90,12 @@ def unavailable(claim: Object) -> str:
     name = claim["metadata"]["name"]
     kind = claim["spec"].get("storageClassName")
     of_class = f"class {kind}" if kind else "the default class"
+    if name == SHARED_WEIGHTS:
+        return (
+            f"claim {name} asks {of_class} for ReadWriteMany and is still Pending; set"
+            " the install's trainer.weights.storageClassName to a class that has it, or its"
+            f" accessModes to [ReadWriteOnce]: a claim for each run (kubectl describe pvc {name})"
+        )
     return (
         f"claim {name} asks {of_class} for ReadWriteMany and is still Pending; name a class that "
         "has it, or use accessModes [ReadWriteOnce]: all Jobs on one node, or with scope Config "
@@ -107,7 +113,8 @@ def one_node_advice(spec: RunSpec, defaults: ClaimDefaults) -> str:
     )
 
 
-def _default_spec(defaults: ClaimDefaults) -> Mapping[str, Any]:
+def default_spec(defaults: ClaimDefaults) -> Mapping[str, Any]:
+    """The spec of a claim that no manifest describes."""
     spec: Object = {
         "accessModes": list(defaults.accessModes),
         "resources": {"requests": {"storage": defaults.size}},

@@ -22,7 +22,7 @@ from qtt_operator.informer import JOB_OF_POD as JOB_OF_POD
 from qtt_operator.informer import Informers, job_of, run_uid, without
 from qtt_operator.isolation import isolate
 from qtt_operator.manifests import build_job, build_pod
-from qtt_operator.names import DECISION_ANNOTATION, HELD_ANNOTATION, SUSPENDED_ANNOTATION
+from qtt_operator.names import DECISION_ANNOTATION, FETCHES, HELD_ANNOTATION, SUSPENDED_ANNOTATION
 from qtt_operator.owner import RunObject
 from qtt_operator.pods import JobRequest
 from qtt_operator.settings import OperatorSettings
@@ -77,6 +77,8 @@ class ClusterBackend:
     settings: OperatorSettings
     epoch: int
     clock: Callable[[], float]
+    weights: str = ""
+    """The claim of pretrained weights that Jobs mount, empty for none."""
     opened: Callable[[str], Open | None] = lambda _c: None
     attempt_of: Callable[[str, int], int | None] = lambda _c, _to: None
     """The attempt of (configuration, target) whose end the ledger waits for, if for any."""
@@ -127,9 +129,12 @@ class ClusterBackend:
     async def create(self, job: CreateJob, name: str, document: JobDocument) -> None:
         """Create the Job; one of this name and decision is adopted, one of another run replaced."""
         opened = self.opened(job.c)
-        request = JobRequest(job=job, name=name, document=document, opened=opened, epoch=self.epoch)
+        request = JobRequest(
+            job=job, name=name, document=document, opened=opened, epoch=self.epoch,
+            weights=self.weights,
+        )  # fmt: skip
         if self.settings.isolate_steps and not self._isolated:
-            await isolate(self.cluster, self.namespace)
+            await isolate(self.cluster, self.namespace, self.settings.weights_endpoint)
             self._isolated = True
         if not await self._has_claim(job):
             self.wake_after(SOON_SECONDS)  # an old claim of this name is on its way out
@@ -222,7 +227,7 @@ class ClusterBackend:
         """
         request = JobRequest(
             job=job, name=f"{self.owner.run.name}-check",
-            document=document, opened=None, epoch=self.epoch,
+            document=document, opened=None, epoch=self.epoch, weights=self.weights,
         )  # fmt: skip
         body = build_job(self.owner, request, self.settings)
         try:
@@ -366,7 +371,11 @@ class ClusterBackend:
         return known
 
     async def _has_claim(self, job: CreateJob) -> bool:
-        """Make the claim that a Job mounts; `prepare` of scope Config mounts none."""
+        """Make the claims that a Job mounts; `prepare` of scope Config mounts none of its own."""
+        if not await self.volumes.ensure_weights(self.weights):
+            return False
+        if job.kind == FETCHES:
+            return True
         if not self.volumes.per_config:
             return await self.volumes.ensure()
         return job.kind != "step" or await self.volumes.ensure(job.c)

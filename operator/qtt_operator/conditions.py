@@ -17,6 +17,7 @@ from qtt_core.errors import (
     SpecError,
     StoreUnavailableError,
 )
+from qtt_core.ledger.events import WEIGHTS
 from qtt_core.ledger.fold import LedgerState
 from qtt_core.plan import JobPhase, ObservedJob, OptimizerView, Phase
 from qtt_operator.names import COMPLETE_REASONS
@@ -62,6 +63,11 @@ def of_run(ledger: LedgerState, phase: Phase, held: tuple[str, str] | None) -> l
         found.append(Truth(type="Suspended", status=phase is Phase.SUSPENDED, reason=reason))
     elif held is not None:
         found += _held(*held)
+    elif WEIGHTS in ledger.open:
+        message = "the weights Job looks for pretrained weights and fetches what is missing"
+        found.append(
+            Truth(type="Progressing", status=True, reason="FetchingWeights", message=message)
+        )
     else:
         message = f"{len(ledger.open)} steps open"
         found.append(Truth(type="Progressing", status=True, reason="StepsRunning", message=message))

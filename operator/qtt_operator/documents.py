@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qtt_core.hub import Hub
 from qtt_core.jobs import Flags, JobDocument, Limits, Paths, Task
 from qtt_core.ledger.events import Prepared
 from qtt_core.ledger.fold import LedgerState
-from qtt_core.plan import CreateJob, Evaluation, Identity
+from qtt_core.plan import CreateJob, Evaluation, Identity, Supply
 from qtt_core.spec import RunSpec
 from qtt_core.steps import Config, OptimizerSetup, Options, nonce, step_key
 
@@ -39,6 +39,7 @@ class RunContents:
     places: Places
     space_definition: str = ""
     """ConfigSpace's JSON of a `configSpaceRef`, empty for a named space."""
+    supply: Supply = field(default_factory=Supply)
 
 
 def job_document(

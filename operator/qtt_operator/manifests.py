@@ -17,6 +17,7 @@ from qtt_operator.names import (
     CONFIG_LABEL,
     DECISION_ANNOTATION,
     EPOCH_ANNOTATION,
+    FETCHES,
     FIDELITY_LABEL,
     OPEN_ANNOTATION,
     SEQUENCE_ANNOTATION,
@@ -109,10 +110,10 @@ def _labels(owner: RunObject, request: JobRequest) -> dict[str, str]:
 
 
 def _queue(owner: RunObject, request: JobRequest) -> dict[str, str]:
-    """Kueue's labels, for the Job only. A chore takes no device and waits in no queue."""
+    """Kueue's labels, for the Job only. Who takes no device for sure waits in no queue."""
     spec = owner.run.spec
     labels = (("queue-name", spec.queue_name), ("priority-class", spec.workload_priority_class))
-    if request.job.kind in CHORES:
+    if request.job.kind in {*CHORES, FETCHES}:
         return {}
     return {f"kueue.x-k8s.io/{label}": value for label, value in labels if value}
 

@@ -20,8 +20,8 @@ REASONS = {
         "Ready", "Timeout", "OutOfMemory", "Failed", "FallbackRandom", "VersionSkew",
     ),
     "Progressing": (
-        "StepsRunning", "WaitingForQuota", "Unschedulable", "ImagePull", "VolumeAttach",
-        "ReadWriteManyUnavailable", "InfraRetriesExhausted",
+        "StepsRunning", "FetchingWeights", "WaitingForQuota", "Unschedulable", "ImagePull",
+        "VolumeAttach", "ReadWriteManyUnavailable", "InfraRetriesExhausted",
         "DiskFull", "NoProgress",
     ),
     "Suspended": ("UserRequested", "Draining", "DatasetChanged"),
@@ -57,18 +57,31 @@ DECISION_ANNOTATION, OPEN_ANNOTATION = f"{GROUP}/decision", f"{GROUP}/open"
 SEQUENCE_ANNOTATION, EPOCH_ANNOTATION = f"{GROUP}/seq", f"{GROUP}/epoch"
 SUSPENDED_ANNOTATION, HELD_ANNOTATION = f"{GROUP}/suspended", f"{GROUP}/held-seconds"
 """On a Job: that we suspended it; device time of its pods that are gone."""
+FILLED_BY_ANNOTATION = f"{GROUP}/filled-by"
+"""On a data set's claim: the Job that must be Complete before a run reads it."""
 RETRY_ANNOTATION, FINETUNE_ANNOTATION = f"{GROUP}/retry", f"{GROUP}/finetune"
 EVALUATE_ANNOTATION = f"{GROUP}/evaluate"
 TRAINER = "trainer"
 """The container that runs a step."""
 
+SHARED_WEIGHTS = "quicktune-weights"
+"""The claim that we make for all runs of a namespace, where many nodes can mount one."""
+
 CHORES = ("garbage", "recovery")
 """Kinds of Jobs that belong to no decision: they look after the volume."""
+
+FETCHES = "weights"
+"""The kind of Job that has a way out, and mounts nothing but the claim that it fills."""
 
 
 def checkpoint_claim(run: str) -> str:
     """The claim that the operator makes for a run's checkpoints."""
     return f"{run}-checkpoints"
+
+
+def weights_claim(run: str) -> str:
+    """The claim that the operator makes for a run's pretrained weights."""
+    return f"{run}-weights"
 
 
 def config_claim(run: str, c: str, uid: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtt_core.errors import MessageError
-from qtt_core.ledger.events import PREPARE, is_evaluation
+from qtt_core.ledger.events import PREPARE, WEIGHTS, is_evaluation
 from qtt_core.ledger.fold import OpenEntry
 from qtt_core.plan import Cause, Ending, JobEnd, Verdict
 from qtt_core.results import (
@@ -66,6 +66,11 @@ def _committed(result: StepResult, entry: OpenEntry, metric: Metric) -> Verdict:
         if wrong:
             return Verdict(kind=Ending.BUG, reason="badmessage", message=wrong, result=result)
         return Verdict(kind=Ending.PREPARED, reason="ok", state=result.state, result=result)
+    if entry.c == WEIGHTS:
+        if result.state is State.OK:
+            return Verdict(kind=Ending.FETCHED, reason="ok", state=result.state, result=result)
+        wrong = f"weights ended {result.state.value}"
+        return Verdict(kind=Ending.BUG, reason="badmessage", message=wrong, result=result)
     if is_evaluation(entry.c):
         if result.scores:
             return Verdict(kind=Ending.EVALUATED, reason="ok", state=result.state, result=result)

@@ -19,9 +19,10 @@ from qtt_core.spec_rules import is_device
 from qtt_operator.claims import claim_name, is_on_one_node, is_per_config
 from qtt_operator.lessons import avoid, enlarge
 from qtt_operator.merging import merge
-from qtt_operator.names import CHORES, RUN_UID_LABEL, TRAINER
+from qtt_operator.names import CHORES, FETCHES, RUN_UID_LABEL, TRAINER
 from qtt_operator.owner import Object, RunObject
 from qtt_operator.settings import OperatorSettings
+from qtt_operator.supplies import ties_to_one_node
 
 DATA, WEIGHTS, CHECKPOINTS, SCRATCH = "/data", "/weights", "/checkpoints", "/scratch"
 GRACE_SECONDS = 120
@@ -31,7 +32,8 @@ USER = 10001
 CHORE_RESOURCES = {
     "requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"memory": "512Mi"},
 }  # fmt: skip
-"""Of a Job that reads or deletes files: it must find room beside any step."""
+RESOURCES = dict.fromkeys((*CHORES, FETCHES), CHORE_RESOURCES)
+"""Of a Job that fetches, reads or deletes files: it must find room beside any step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,8 @@ class JobRequest:
     document: JobDocument
     opened: Open | None
     epoch: int
+    weights: str = ""
+    """The claim of pretrained weights, where the manifest names none."""
     volumes: tuple[str, ...] = ()
     """Scope Config: configurations whose claims a chore mounts; the others follow from the job."""
 
@@ -57,10 +61,9 @@ def build_pod_spec(owner: RunObject, request: JobRequest, settings: OperatorSett
     trainer = _container(pod, TRAINER)
     if request.job.memory_factor > 1:
         enlarge(trainer, request.job.memory_factor)
-    together = is_on_one_node(owner.run.spec, settings.checkpoint_defaults)
-    avoid(pod, request.job.avoid_nodes, must=not together)
-    if request.job.kind in CHORES:
-        trainer["resources"] = CHORE_RESOURCES
+    avoid(pod, request.job.avoid_nodes, must=not _is_tied(owner, request, settings))
+    if request.job.kind in RESOURCES:
+        trainer["resources"] = RESOURCES[request.job.kind]
         if owner.run.spec.trainer.custom:
             trainer["image"] = settings.trainer_image  # whose trainer knows no such command
     elif owner.run.spec.trainer.custom:
@@ -120,9 +123,26 @@ def _owned_pod(owner: RunObject, request: JobRequest, settings: OperatorSettings
     }
     if request.document.limits.wall_s is not None:
         pod["activeDeadlineSeconds"] = math.ceil(request.document.limits.wall_s) + 2 * GRACE_SECONDS
-    if is_on_one_node(owner.run.spec, settings.checkpoint_defaults):
+    if request.job.kind == FETCHES:
+        pod["containers"][0]["env"] += _way_out(settings)
+    if _is_tied(owner, request, settings):
         pod["affinity"] = _same_node(owner.uid)
     return pod
+
+
+def _is_tied(owner: RunObject, request: JobRequest, settings: OperatorSettings) -> bool:
+    """Whether all pods of the run must be on one node, for a volume that no other node has."""
+    return is_on_one_node(owner.run.spec, settings.checkpoint_defaults) or ties_to_one_node(
+        owner.run, request.weights, settings
+    )
+
+
+def _way_out(settings: OperatorSettings) -> list[Object]:
+    endpoint = settings.weights_endpoint
+    return [
+        {"name": "HF_HUB_OFFLINE", "value": "0"},
+        *([{"name": "HF_ENDPOINT", "value": endpoint}] if endpoint else []),
+    ]
 
 
 # --- what is mounted ------------------------------------------------------------------------------
@@ -160,8 +180,12 @@ _SCRATCH_MOUNTS = (
 
 
 def _places(owner: RunObject, request: JobRequest) -> Iterator[_Place]:
-    """Data and weights for whoever reads images; checkpoints for everybody."""
+    """Data and weights for whoever reads images; checkpoints for all but who fetches weights."""
     spec, kind = owner.run.spec, request.job.kind
+    weights = spec.weights.claim_name or request.weights
+    if kind == FETCHES:
+        yield _Place(name="weights", claim=weights, path=WEIGHTS)
+        return
     if kind not in CHORES:
         claim, path = spec.dataset.claim_name, spec.dataset.path
         other = request.job.evaluation
@@ -169,9 +193,8 @@ def _places(owner: RunObject, request: JobRequest) -> Iterator[_Place]:
             claim, path = other.claim, other.path
         yield _Place(name="dataset", claim=claim, path=DATA, sub=path, read_only=True, fixed=True)
     yield from _checkpoints(owner, request)
-    if kind not in CHORES and spec.weights.claim_name:
-        claim = spec.weights.claim_name
-        yield _Place(name="weights", claim=claim, path=WEIGHTS, read_only=True, fixed=True)
+    if kind not in CHORES and weights:
+        yield _Place(name="weights", claim=weights, path=WEIGHTS, read_only=True, fixed=True)
 
 
 def _checkpoints(owner: RunObject, request: JobRequest) -> Iterator[_Place]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qtt_core.errors import Fault, NotFoundError, SpecError
 from qtt_core.hub import Hub, load_hub, read_hub, select
+from qtt_core.plan import Supply
 from qtt_core.spec import Reference, TuningRun
 from qtt_core.steps import digest
-from qtt_operator.cluster import CLAIMS, CONFIG_MAPS, Cluster
+from qtt_operator.cluster import CLAIMS, CONFIG_MAPS, JOBS, Cluster, Object
 from qtt_operator.documents import Places
+from qtt_operator.names import FILLED_BY_ANNOTATION
 from qtt_operator.pods import CHECKPOINTS, DATA, SCRATCH, WEIGHTS
 
 
@@ -63,16 +65,43 @@ def _digest(name: str, text: str) -> str:
         raise SpecError([Fault(name, "text", f"is no JSON: {error}")]) from error
 
 
-async def require_claims(cluster: Cluster, run: TuningRun) -> None:
-    """Raises: NotFoundError if a claim that the manifest names is not there; ClusterError."""
-    named = {
-        "spec.dataset.claimName": run.spec.dataset.claim_name,
-        "spec.weights.claimName": run.spec.weights.claim_name,
-    }
-    for name, claim in named.items():
-        if claim and await cluster.get(CLAIMS, run.namespace, claim) is None:
-            remedy = f"no such PersistentVolumeClaim in {run.namespace}"
-            raise NotFoundError([Fault(name, claim, remedy)])
+async def require_claims(cluster: Cluster, run: TuningRun, supply: Supply, *, ours: bool) -> Supply:
+    """The supply, without models to fetch where nobody can write to their claim.
+
+    `ours`: we make the claim of weights. Raises: NotFoundError if another claim is not there, or a
+    Job has yet to fill the data set's; ClusterError.
+    """
+    data = await _claim(cluster, run, "spec.dataset.claimName", run.spec.dataset.claim_name)
+    await _require_filled(cluster, run, data)
+    if not supply.claim or ours:
+        return supply
+    weights = await _claim(cluster, run, "spec.weights.claimName", supply.claim)
+    fixed = set((weights.get("spec") or {}).get("accessModes") or ()) == {"ReadOnlyMany"}
+    return replace(supply, models=()) if fixed else supply
+
+
+async def _claim(cluster: Cluster, run: TuningRun, name: str, claim: str) -> Object:
+    found = await cluster.get(CLAIMS, run.namespace, claim)
+    if found is None:
+        remedy = f"no such PersistentVolumeClaim in {run.namespace}"
+        raise NotFoundError([Fault(name, claim, remedy)])
+    return found
+
+
+async def _require_filled(cluster: Cluster, run: TuningRun, claim: Object) -> None:
+    """A claim may name the Job that fills it: applied together, a run waits for its images."""
+    name = (claim["metadata"].get("annotations") or {}).get(FILLED_BY_ANNOTATION)
+    if not name:
+        return
+    job = await cluster.get(JOBS, run.namespace, name)
+    conditions = {} if job is None else (job.get("status") or {}).get("conditions") or ()
+    true = {c["type"] for c in conditions if c["status"] == "True"}
+    if "Complete" in true:
+        return
+    how = "has failed: see its log" if "Failed" in true else "has not filled it yet"
+    how = f"is not there; remove the claim's annotation {FILLED_BY_ANNOTATION}" if not job else how
+    remedy = f"Job {name} {how}"
+    raise NotFoundError([Fault("spec.dataset.claimName", claim["metadata"]["name"], remedy)])
 
 
 async def _text(cluster: Cluster, namespace: str, name: str, reference: Reference) -> str:
@@ -86,7 +115,7 @@ async def _text(cluster: Cluster, namespace: str, name: str, reference: Referenc
     return str(data[reference.key])
 
 
-def places(run: TuningRun) -> Places:
+def places(supply: Supply) -> Places:
     """Where a step finds things in its pod; it never uses the network."""
-    weights = WEIGHTS if run.spec.weights.claim_name else ""
+    weights = WEIGHTS if supply.claim else ""
     return Places(data=DATA, root=CHECKPOINTS, weights=weights, cache=SCRATCH, offline=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import yaml
 from qtt_core.errors import Fault, SpecError
 
 REDIS_VARIABLE = "QTT_REDIS_URL"
+FETCH = ("Auto", "Never")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,11 @@ class OperatorSettings:
     """Make a NetworkPolicy against all traffic of steps with a run's first Job."""
     checkpoint_defaults: ClaimDefaults = ClaimDefaults()
     weights_claim: str = ""
+    weights_fetch: str = "Auto"
+    """Whether a `weights` Job may fetch what a claim lacks: Auto or Never."""
+    weights_endpoint: str = ""
+    """In the public hub's place."""
+    weights_defaults: ClaimDefaults = ClaimDefaults(size="20Gi")
     optimizer_workers: int = 1
     external_optimizers: tuple[str, ...] = ()
     """Names that `spec.optimizer.name` may give: entry points run with the operator's rights."""
@@ -92,21 +98,25 @@ _DEFAULTS = OperatorSettings()
 def _value(name: str, value: Any, faults: list[Fault]) -> Any:
     default = getattr(_DEFAULTS, name)
     if isinstance(default, ClaimDefaults) and isinstance(value, Mapping):
-        return _claim(name, value, faults)
+        return _claim(name, value, default, faults)
     if isinstance(default, tuple) and isinstance(value, list):
         return tuple(str(item) for item in value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     wanted = Mapping if isinstance(default, Mapping) else type(default)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+    if name == "weights_fetch" and value not in FETCH:
+        faults.append(Fault(name, value, f"use {' or '.join(FETCH)}"))
+    elif not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         faults.append(Fault(name, value, f"use a {wanted.__name__.lower()}"))
     return value
 
 
-def _claim(name: str, raw: Mapping[str, Any], faults: list[Fault]) -> ClaimDefaults:
+def _claim(
+    name: str, raw: Mapping[str, Any], default: ClaimDefaults, faults: list[Fault]
+) -> ClaimDefaults:
     known = {item.name for item in fields(ClaimDefaults)}
     faults += [Fault(f"{name}.{key}", raw[key], "is unknown") for key in raw.keys() - known]
     values = {key: value for key, value in raw.items() if key in known}
     if "accessModes" in values:
         values["accessModes"] = tuple(values["accessModes"])
-    return ClaimDefaults(**values)
+    return replace(default, **values)

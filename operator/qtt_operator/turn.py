@@ -234,6 +234,7 @@ async def gather(context: RunContext) -> p.PlannerInput:
         wishes=wishes,
         candidates=context.candidates(context) if wanted else (),
         counted_steps=context.counted_steps,
+        supply=context.run.supply,
     )
 
 

@@ -22,9 +22,10 @@ from qtt_operator.claims import (
 from qtt_operator.cluster import CLAIMS, Cluster, Object
 from qtt_operator.farewell import claims_of
 from qtt_operator.informer import run_uid
-from qtt_operator.names import CONFIG_LABEL
+from qtt_operator.names import CONFIG_LABEL, SHARED_WEIGHTS
 from qtt_operator.owner import RunObject
 from qtt_operator.settings import OperatorSettings
+from qtt_operator.supplies import build_weights_claim
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,28 @@ class Volumes:
         claim = build_claim(self.owner, self.settings.checkpoint_defaults, c)
         if claim is None or claim["metadata"]["name"] in self._made:
             return True
+        found = await self._make(claim)
+        if found is not None and c:
+            self.known[c] = found
+        return found is not None
+
+    async def ensure_weights(self, name: str) -> bool:
+        """Make the claim of pretrained weights, if it is ours to make; False as above.
+
+        One that an earlier run of this name owns goes with it, and with it what we would write.
+        """
+        claim = build_weights_claim(self.owner, name, self.settings)
+        if claim is None or name in self._made:
+            return True
+        found = await self._make(claim)
+        owned = (found or {"metadata": {}})["metadata"].get("ownerReferences") or ()
+        foreign = any(o["kind"] == "TuningRun" and o["uid"] != self.owner.uid for o in owned)
+        if foreign:
+            self._made.discard(name)
+        return found is not None and not foreign
+
+    async def _make(self, claim: Object) -> Object | None:
+        """The claim as the server has it, None while an old one of this name is going away."""
         namespace, name = claim["metadata"]["namespace"], claim["metadata"]["name"]
         try:
             found: Object | None = await self.cluster.create(CLAIMS, namespace, claim)
@@ -76,11 +99,9 @@ class Volumes:
                 raise
             found = await self.cluster.get(CLAIMS, namespace, name)
         if found is None or "deletionTimestamp" in found["metadata"]:
-            return False
+            return None
         self._made.add(name)
-        if c:
-            self.known[c] = found
-        return True
+        return found
 
     async def exist(self) -> bool:
         """Whether there is a claim that results could be read from."""
@@ -114,7 +135,7 @@ class Volumes:
         """
         now, spec = self.clock(), self.owner.run.spec
         modes = access_modes(spec, self.settings.checkpoint_defaults)
-        if waiting_since is None or "ReadWriteMany" not in modes:
+        if waiting_since is None or not ("ReadWriteMany" in modes or SHARED_WEIGHTS in self._made):
             self.trouble = ""
             return
         soon = now - waiting_since < CLAIM_SECONDS or now - self._looked_at < LOOK_SECONDS
@@ -122,7 +143,8 @@ class Volumes:
             return
         self._looked_at = now
         names = [c["metadata"]["name"] for c in self.known.values()]
-        for name in names if self.per_config else [claim_name(self.owner)]:
+        names = names if self.per_config else [claim_name(self.owner)]
+        for name in [*self._made & {SHARED_WEIGHTS}, *(names if "ReadWriteMany" in modes else ())]:
             found = await self.cluster.get(CLAIMS, self.owner.run.namespace, name)
             if found is not None and (found.get("status") or {}).get("phase") == "Pending":
                 self.trouble = unavailable(found)

@@ -14,6 +14,7 @@ from typing import Any
 from qtt_core.errors import LedgerError
 from qtt_core.ledger.events import (
     EVALUATION,
+    WEIGHTS,
     Cancel,
     Close,
     Done,
@@ -109,6 +110,8 @@ class LedgerState:
     run: Run | None = None
     prepared: Prepared | None = None
     weights: WeightsFetched | None = None
+    weights_missing: str = ""
+    """Why no weights were fetched, in the trainer's words; empty again once a person has looked."""
     closed: Close | None = None
     open: Mapping[str, OpenEntry] = field(default_factory=dict)
     heads: Mapping[str, int] = field(default_factory=dict)
@@ -177,6 +180,7 @@ class _Folder:
         self.step = step_epochs(state.run)
         self.last_id, self.epoch = state.last_id, state.epoch
         self.run, self.prepared, self.weights = state.run, state.prepared, state.weights
+        self.weights_missing = state.weights_missing
         self.closed = state.closed
         self.open = dict(state.open)
         self.heads = dict(state.heads)
@@ -214,7 +218,8 @@ class _Folder:
     def freeze(self) -> LedgerState:
         return LedgerState(
             last_id=self.last_id, epoch=self.epoch, run=self.run, prepared=self.prepared,
-            weights=self.weights, closed=self.closed, open=self.open, heads=self.heads,
+            weights=self.weights, weights_missing=self.weights_missing,
+            closed=self.closed, open=self.open, heads=self.heads,
             step_keys=self.step_keys, attempts=self.attempts,
             dataset_changed=self.dataset_changed, recheck=self.recheck,
             bad_nodes=self.bad_nodes, retired=frozenset(self.retired),
@@ -286,6 +291,9 @@ class _Folder:
         self.attempts[event.c, event.to] = event.a + 1
         if is_evaluation(event.c):
             return  # says nothing about the search
+        if event.c == WEIGHTS:
+            self.weights_missing = event.msg or event.reason
+            return
         if event.reason == State.DATASET_CHANGED:
             self.dataset_changed, self.recheck = event.msg or event.reason, False
         if event.retire:
@@ -309,7 +317,7 @@ class _Folder:
 
     def on_weights(self, event: WeightsFetched) -> None:
         self._close_pseudo(event.id, event.c, event.to, event.a)
-        self.weights = event
+        self.weights, self.weights_missing = event, ""
 
     def on_note(self, event: Note) -> None:
         if event.what == EVALUATION:
@@ -328,6 +336,7 @@ class _Folder:
     def _looked_at(self) -> None:
         """A person has looked: failures in a row begin anew."""
         self.cancelled = self.invalid = self.bugs = 0
+        self.weights_missing = ""
         lacking = self.prepared is not None and bool(self.prepared.missing_weights)
         self.recheck = bool(self.dataset_changed) or lacking
 

@@ -53,6 +53,8 @@ def result_of(command: str, document: JobDocument, volume: Volume) -> StepResult
     result = StepResult(attempt=document.attempt, nonce=document.nonce, state=State.OK)
     if command == "prepare":
         return replace(result, prepared=dict(FACTS))
+    if command == "weights":
+        return result
     if command == "evaluate":
         return replace(result, scores=tuple(map(_scored, document.checkpoints)))
     epochs, cached = [], True

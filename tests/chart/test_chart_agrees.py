@@ -14,7 +14,7 @@ from value_sets import VALUES, Object, of_kind, one
 
 import qtt_core
 from qtt_operator import settings as settings_module
-from qtt_operator.isolation import build_policy
+from qtt_operator.isolation import build_policy, build_way_out
 from qtt_operator.settings import ClaimDefaults, OperatorSettings, load_settings
 
 Render = Callable[..., list[Object]]
@@ -94,7 +94,11 @@ def test_values_reach_the_settings(render: Render, tmp_path: Path) -> None:
     assert settings.checkpoint_defaults == ClaimDefaults(
         accessModes=("ReadWriteMany",), size="50Gi", storageClassName="nfs"
     )
-    assert settings.weights_claim == "timm"
+    assert (settings.weights_claim, settings.weights_fetch) == ("timm", "Never")
+    assert settings.weights_endpoint == "http://mirror:8080/hub"
+    assert settings.weights_defaults == ClaimDefaults(
+        accessModes=("ReadWriteMany",), size="9Gi", storageClassName="nfs"
+    )
     assert settings.external_optimizers == ("grid",)
     assert settings.max_parallelism == 16
     assert settings.job_ttl_seconds == 10_000_000  # Helm reads numbers as floats: 1e+07
@@ -151,6 +155,18 @@ def test_the_policy_for_steps_chooses_the_pods_that_the_operator_makes(render: R
     )  # fmt: skip
 
     assert policy["spec"] == build_policy("vision")["spec"]
+
+
+@pytest.mark.parametrize("endpoint", ["", "http://mirror", "https://mirror/hub", "http://m:8080"])
+def test_the_way_out_for_weights_is_the_one_that_the_operator_makes(
+    endpoint: str, render: Render
+) -> None:
+    objects = render(
+        {"watchNamespaces": ["vision"], "trainer": {"weights": {"endpoint": endpoint}}}
+    )
+
+    policy = one(objects, "NetworkPolicy", "quicktune-operator-weights")
+    assert policy["spec"] == build_way_out("vision", endpoint)["spec"]
 
 
 def used_by_the_code() -> set[tuple[str, str, str]]:

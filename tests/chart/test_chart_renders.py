@@ -133,7 +133,7 @@ def test_selectors_find_the_pods_they_are_meant_for(name: str, render: Render) -
     for policy in of_kind(objects, "NetworkPolicy"):
         about = policy["metadata"]["name"]
         chosen = policy["spec"]["podSelector"]["matchLabels"]
-        if about.endswith("-steps"):
+        if about.endswith(("-steps", "-weights")):
             assert selected(chosen) == []
         else:
             assert selected(chosen) == [about]
@@ -186,6 +186,7 @@ def test_trainers_of_a_watched_namespace_are_cut_off(render: Render) -> None:
             p
             for p in of_kind(render("namespaced"), "NetworkPolicy")
             if p["metadata"]["namespace"] == namespace
+            and p["metadata"]["name"].endswith("-steps")
         )
         assert policy["spec"] == {
             "podSelector": {"matchLabels": {"app.kubernetes.io/name": "quicktune-step"}},

@@ -56,6 +56,11 @@ REFUSED: dict[str, tuple[Object, str]] = {
         "secretName",
     ),
     "a volume without a number": ({"redis": {"bundled": {"storage": {"size": "big"}}}}, "size"),
+    "weights fetched sometimes": ({"trainer": {"weights": {"fetch": "Always"}}}, "fetch"),
+    "a hub with a password": (
+        {"trainer": {"weights": {"endpoint": "https://me:secret@hub"}}},
+        "endpoint",
+    ),
     "memory in Kubernetes' units": ({"redis": {"bundled": {"maxMemory": "1Gi"}}}, "maxMemory"),
     "an access mode that is none": (
         {"trainer": {"checkpointDefaults": {"accessModes": ["RWO"]}}},

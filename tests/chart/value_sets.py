@@ -45,7 +45,10 @@ VALUES: Mapping[str, Object] = {
         "trainer": {
             "prepull": {"enabled": True, "tolerations": [{"operator": "Exists"}]},
             "checkpointDefaults": {"accessModes": ["ReadWriteMany"], "storageClassName": "nfs"},
-            "weights": {"claimName": "timm"},
+            "weights": {
+                "claimName": "timm", "fetch": "Never", "endpoint": "http://mirror:8080/hub",
+                "accessModes": ["ReadWriteMany"], "size": "9Gi", "storageClassName": "nfs",
+            },
             "jobTTLSeconds": 10_000_000,
         },
         "optimizer": {"priorsClaim": "priors", "external": ["grid"]},

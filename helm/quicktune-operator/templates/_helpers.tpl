@@ -80,6 +80,14 @@ redis://quicktune@{{ include "quicktune.fullname" . }}-redis.{{ .Release.Namespa
 {{- end }}
 {{- end -}}
 
+{{/* Ports of a hub of weights, as the operator counts them: 443, and the endpoint's own. */}}
+{{- define "quicktune.hubPorts" -}}
+{{- $url := urlParse .Values.trainer.weights.endpoint -}}
+{{- $named := $url.host | regexFind ":[0-9]+$" | trimPrefix ":" -}}
+{{- $port := $named | default (ternary "80" "443" (eq $url.scheme "http")) | atoi -}}
+{{- toJson (list 443 $port | uniq) -}}
+{{- end -}}
+
 {{/* What values.schema.json cannot say. */}}
 {{- define "quicktune.validate" -}}
 {{- if and .Values.redis.bundled.enabled .Values.redis.external.url -}}
