@@ -15,6 +15,7 @@ from yaml.nodes import MappingNode, Node
 
 from qtt_core.errors import Fault, SpecError
 from qtt_core.fields import raise_faults
+from qtt_core.spec import KIND
 
 LARGEST_BYTES = 1 << 20
 LARGEST_VALUES = 100_000
@@ -85,7 +86,7 @@ def scan_manifest(path: Path) -> tuple[object, list[Fault]]:
 
 
 def scan_text(text: str, where: str) -> tuple[object, list[Fault]]:
-    """The one document of a YAML text and its double keys; `where` names the text in faults.
+    """The one TuningRun of a YAML text and its double keys; `where` names the text in faults.
 
     Raises: SpecError if there is no such document.
     """
@@ -96,6 +97,8 @@ def scan_text(text: str, where: str) -> tuple[object, list[Fault]]:
         raise SpecError([*faults, _syntax(error, where)]) from error
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise SpecError([*faults, Fault(where, _first_line(error), "is no YAML")]) from error
+    if len(documents) > 1:  # beside a run, what `kubectl apply` makes with it: claims, a Job
+        documents = [item for item in documents if _is_run(item)] or documents
     if len(documents) != 1:
         found = f"{len(documents)} documents" if documents else "an empty file"
         raise SpecError([*faults, Fault(where, found, "put exactly one TuningRun into a file")])
@@ -103,6 +106,10 @@ def scan_text(text: str, where: str) -> tuple[object, list[Fault]]:
         problem = f"expand to over {LARGEST_VALUES} values; write them out"
         raise SpecError([*faults, Fault(where, "aliases", problem)])
     return documents[0], faults
+
+
+def _is_run(document: object) -> bool:
+    return isinstance(document, dict) and document.get("kind") == KIND
 
 
 def _documents(text: str, where: str, faults: list[Fault]) -> list[object]:

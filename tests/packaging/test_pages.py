@@ -13,6 +13,7 @@ import yaml
 
 from qtt_core.spec import check_spec, parse_manifest
 from qtt_operator.cli import build_parser
+from qtt_operator.manifest_file import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -131,7 +132,7 @@ def test_every_whole_manifest_of_a_page_is_valid(page):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/*.yaml")), ids=lambda p: p.stem)
 def test_every_example_is_valid(path):
-    run = parse_manifest(yaml.safe_load(path.read_text()))
+    run = parse_manifest(read_manifest(path))
 
     assert (
         check_spec(run) == [] or path.stem == "full"

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import qtt_core
 from qtt_core.hub import load_hub
 from qtt_core.space import build_space
 from qtt_core.spec import check_spec, parse_manifest
@@ -43,6 +44,31 @@ def test_every_scan_is_in_exactly_one_split(tree, example):
     assert len(rows) == len(set(rows)) == 1797
     for split, size in example.SIZES.items():
         assert len(list((tree / split).rglob("*.png"))) == size
+
+
+def test_the_job_of_the_cluster_example_fills_its_claim_with_the_same_splits(
+    root, tree, tmp_path, monkeypatch
+):
+    documents = yaml.safe_load_all((root / "examples/digits/cluster.yaml").read_text())
+    claim, job, run = documents
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    script = container["command"][-1]
+    assert '"/data"' in script
+    assert container["image"] == f"quicktune-operator:{qtt_core.__version__}"
+    assert claim["metadata"]["annotations"]["quicktune.dev/filled-by"] == job["metadata"]["name"]
+    assert run["spec"]["dataset"]["claimName"] == claim["metadata"]["name"]
+
+    exec(compile(script.replace('"/data"', repr(str(tmp_path))), "job", "exec"), {})
+
+    def pictures(folder: Path) -> dict[str, np.ndarray]:
+        found = sorted(folder.rglob("*.png"))
+        return {p.relative_to(folder).as_posix(): np.asarray(Image.open(p)) for p in found}
+
+    mine, theirs = pictures(tmp_path), pictures(tree)
+    assert mine.keys() == theirs.keys()
+    assert {picture.shape for picture in mine.values()} == {(32, 32)}
+    coarse = [np.abs(m[::4, ::4].astype(int) - theirs[n][2::4, 2::4]) for n, m in mine.items()]
+    assert np.mean(coarse) < 20  # the same scan, enlarged in another way
 
 
 def test_splits_are_stratified(tree):
