@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import gzip
 import json
 import os
 import random
@@ -19,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,24 +31,13 @@ from qtt_operator.cluster import RUNS, Object
 from qtt_operator.store import EmbeddedStore
 from tests.cluster.fake_cluster import FakeCluster, document_of
 from tests.cluster.fake_operator import SETTINGS, FakeOperator, manifest
+from tests.cluster.shards import HEADER, SHARD, SHARDS, lines, name_of, read, tally, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "e2e"))
 from ledger_reader import faults as broken_in  # reads Redis without code of ours
 
-SHARDS = Path(__file__).resolve().parents[1] / "campaign"
-SHARD = 10
-"""Trials of one file."""
-
 STEPS, TRIAL_SECONDS, HELD_SECONDS = 10, 90.0, 15.0
 TROUBLES = (State.PREEMPTED, State.DISK_FULL, State.INFRA_GPU, State.INFRA_STORAGE)
-HEADER = """# Campaign of random faults
-
-`make campaign` goes on with it. *In memory*: whole TuningRuns through the operator's loop, with
-real informers, queue, reconciler, planner and Redis; the API server, Job controller and kubelet
-are in memory. Checked after each run, from Redis: every step told and charged once, none lost,
-`maxSteps` met. Faults on a real cluster are tests: `tests/e2e/test_crash_*.py`.
-
-"""
 CALLS = (
     ("POST", "jobs"), ("PATCH", "jobs"), ("DELETE", "jobs"), ("GET", "jobs"), ("LIST", "jobs"),
     ("WATCH", "jobs"), ("LIST", "pods"), ("WATCH", "pods"), ("PATCH", "tuningruns"),
@@ -331,69 +319,61 @@ def trial(seed: int, store: EmbeddedStore) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# --- shards -----------------------------------------------------------------------------------
-
-
-def lines(folder: Path = SHARDS) -> Iterator[dict[str, Any]]:
-    """Every trial so far."""
+def again(folder: Path, run: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run the seeds that broke anew; a line keeps what was found `before`. The new lines."""
+    new: list[dict[str, Any]] = []
     for shard in sorted(folder.glob("*.jsonl.gz")):
-        with gzip.open(shard, "rt") as file:
-            yield from map(json.loads, file)
+        known = read(shard)
+        if any(line["broken"] for line in known):
+            found = [_once_more(line, run) if line["broken"] else line for line in known]
+            new += [after for after, before in zip(found, known, strict=True) if after != before]
+            write(found, folder, name_of(shard))
+    return new
 
 
-def write(found: list[dict[str, Any]], folder: Path, name: str) -> None:
-    """One shard; equal trials make equal bytes."""
-    text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in found)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+def _once_more(line: dict[str, Any], run: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    before = [*line.get("before", ()), *(words[:120] for words in line["broken"])]
+    return {**run(line["seed"]), "before": before}
 
 
-def tally(folder: Path = SHARDS) -> str:
-    """Faults by kind and by cluster, as a table."""
-    trials: Counter[str] = Counter()
-    broken: Counter[str] = Counter()
-    counts: dict[str, Counter[str]] = {}
-    for line in lines(folder):
-        where = line["cluster"]
-        trials[where] += 1
-        broken[where] += bool(line["broken"])
-        counts.setdefault(where, Counter()).update(line["faults"])
-    places = sorted(trials)
-    rows = ["| | " + " | ".join(places) + " |", "|---" * (len(places) + 1) + "|"]
-    for name, numbers in (("runs", trials), ("runs in which something broke", broken)):
-        rows.append(f"| {name} | " + " | ".join(str(numbers[p]) for p in places) + " |")
-    total = {p: sum(counts[p].values()) for p in places}
-    rows.append("| faults | " + " | ".join(str(total[p]) for p in places) + " |")
-    for kind in sorted(set().union(*counts.values())) if counts else ():
-        rows.append(f"| {kind} | " + " | ".join(str(counts[p][kind]) for p in places) + " |")
-    return "\n".join(rows) + "\n"
+def onwards(
+    store: EmbeddedStore, folder: Path, *, faults: int, minutes: float, first: int
+) -> list[dict[str, Any]]:
+    """Shard after shard behind the newest seed, until so many faults or minutes."""
+    deadline, new = time.monotonic() + 60 * minutes, []
+    while True:
+        known = [line for line in lines(folder) if line["cluster"] == "in memory"]
+        made = sum(sum(line["faults"].values()) for line in known)
+        if made >= faults or time.monotonic() > deadline:
+            return new
+        begin = max((line["seed"] + 1 for line in known), default=first)
+        found = [trial(seed, store) for seed in range(begin, begin + SHARD)]
+        write(found, folder, f"memory-{begin:06}")
+        new += found
 
 
 def main() -> int:
-    """Go on until so many faults were made, or the time is over."""
+    """Go on until so many faults were made, or the time is over; 1 if something broke."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=1000)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--first", type=int, default=0, help="seed of an empty folder")
+    parser.add_argument("--again", action="store_true", help="run what broke once more, no others")
     parser.add_argument("--to", type=Path, default=SHARDS)
     given = parser.parse_args()
-    deadline, sound = time.monotonic() + 60 * given.minutes, True
     with tempfile.TemporaryDirectory() as folder, EmbeddedStore(Path(folder)) as store:
-        while True:
-            known = [line for line in lines(given.to) if line["cluster"] == "in memory"]
-            made = sum(sum(line["faults"].values()) for line in known)
-            if made >= given.faults or time.monotonic() > deadline:
-                break
-            first = max((line["seed"] + 1 for line in known), default=given.first)
-            found = [trial(seed, store) for seed in range(first, first + SHARD)]
-            write(found, given.to, f"memory-{first:06}")
-            for line in found:
-                if line["broken"]:
-                    sound = False
-                    print(line, file=sys.stderr)  # noqa: T201
+        if given.again:
+            new = again(given.to, lambda seed: trial(seed, store))
+        else:
+            new = onwards(
+                store, given.to, faults=given.faults, minutes=given.minutes, first=given.first
+            )
+    broken = [line for line in new if line["broken"]]
+    for line in broken:
+        print(line, file=sys.stderr)  # noqa: T201
     (given.to / "tally.md").write_text(HEADER + tally(given.to))
     print(tally(given.to))  # noqa: T201
-    return int(not sound)
+    return int(bool(broken))
 
 
 if __name__ == "__main__":

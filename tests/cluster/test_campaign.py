@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qtt_operator.store import EmbeddedStore
-from tests.cluster.campaign import lines, tally, trial, write
+from tests.cluster.campaign import again, trial
+from tests.cluster.shards import lines, tally, write
 
 
 def test_a_shard_is_read_back_and_counted(tmp_path: Path) -> None:
@@ -20,6 +22,23 @@ def test_a_shard_is_read_back_and_counted(tmp_path: Path) -> None:
     assert list(lines(tmp_path)) == [ok, bad]
     assert "| runs in which something broke | 1 |" in tally(tmp_path)
     assert "| watch_cut | 3 |" in tally(tmp_path)
+
+
+def test_what_broke_is_run_again_and_what_was_found_stays_on_record(tmp_path: Path) -> None:
+    ok: dict[str, Any] = {"seed": 3, "cluster": "in memory", "faults": {}, "broken": []}
+    bad = {**ok, "seed": 4, "broken": ["not complete"]}
+    write([ok, bad], tmp_path, "memory-000003")
+    once = lambda seed: {**ok, "seed": seed, "broken": ["another fault"]}  # noqa: E731
+    twice = lambda seed: {**ok, "seed": seed}  # noqa: E731
+
+    assert [line["broken"] for line in again(tmp_path, once)] == [["another fault"]]
+    (new,) = again(tmp_path, twice)
+
+    assert new == {**ok, "seed": 4, "before": ["not complete", "another fault"]}
+    assert list(lines(tmp_path)) == [ok, new]
+    assert again(tmp_path, twice) == []
+    assert "| runs in which something broke | 0 |" in tally(tmp_path)
+    assert "seeds 4." in tally(tmp_path)
 
 
 @pytest.mark.slow

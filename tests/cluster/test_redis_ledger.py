@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 
 import qtt_operator.redis_ledger as module
 from qtt_core.errors import SpecError, StoreError, StoreUnavailableError
-from qtt_core.ledger.events import Close, Done
+from qtt_core.ledger.events import Close, Done, Note
 from qtt_core.ledger.fold import fold
 from qtt_core.ledger.reply import Reply
 from qtt_core.testing.ledger_contract import (
@@ -74,6 +74,26 @@ class TestRedisLedger(LedgerContract):
             await scenario(lambda epoch: RedisLedger(client, uid, epoch))
 
         on(self.store, main)
+
+
+def test_a_run_is_not_closed_on_account_of_an_event_that_the_store_has_lost(
+    redis_store: EmbeddedStore,
+) -> None:
+    """Else it would end although a step is missing, which no later turn makes good."""
+
+    async def scenario(client: Redis) -> None:
+        ledger = RedisLedger(client, fresh_uid(), 1)
+        _, kept = await ledger.note(run_event(), key="run")
+        _, lost = await ledger.note(Note(what="budget", new="8"), key="budget")
+        await client.xdel(ledger.key("log"), lost)
+        close = Close(reason="BudgetExhausted")
+
+        assert await ledger.note(close, key=f"close-{lost}") == (Reply.UNKNOWN, "")
+        assert not (await ledger.meta()).get("closed")
+        assert (await ledger.note(close, key=f"close-{kept}"))[0] is Reply.OK
+        assert (await ledger.note(close, key=f"close-{kept}"))[0] is Reply.DUP
+
+    on(redis_store, scenario)
 
 
 def test_a_reader_reads_everything_and_writes_nothing(redis_store: EmbeddedStore) -> None:

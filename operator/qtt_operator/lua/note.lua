@@ -2,13 +2,16 @@
 -- KEYS  log meta open done head
 -- ARGV  epoch, kind, key, pseudo-configuration it ends or "", to, attempt, facts for meta as a JSON
 --       object, field, value, …
--- Returns {word, stream id or ""}. Checks, in order: epoch, key, and of a pseudo-configuration: open, attempt.
+-- Returns {word, stream id or ""}. Checks, in order: epoch, key, of a close: the event it rests on (its key names
+-- it) was not lost, and of a pseudo-configuration: open, attempt.
 local log, meta, open, done, head = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local epoch, kind, key, c = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
 local to, attempt, facts = tonumber(ARGV[5]), tonumber(ARGV[6]), cjson.decode(ARGV[7])
 
 if epoch < tonumber(redis.call('HGET', meta, 'epoch') or '0') then return {'STALE', ''} end
 if redis.call('HEXISTS', done, key) == 1 then return {'DUP', ''} end
+local rests_on = kind == 'close' and string.match(key, '^close%-(%d+%-%d+)$')
+if rests_on and #redis.call('XRANGE', log, rests_on, rests_on) == 0 then return {'UNKNOWN', ''} end
 if c ~= '' then
   local raw = redis.call('HGET', open, c)
   if not raw then return {'UNKNOWN', ''} end
