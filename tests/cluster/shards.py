@@ -77,7 +77,8 @@ def _rerun(again: dict[int, int]) -> str:
         return ""
     seeds = ", ".join(map(str, sorted(again)))
     return (
-        f"\nBroke at first and were run again after the operator was mended, counted above as they"
-        f" went then: seeds {seeds}.\nA seed draws the same faults; at which moment each strikes"
-        " depends on the machine. What broke stands in the shards, `before`.\n"
+        "\nBroke at first, and were run again after the operator was mended; counted above is how"
+        f" they went then: seeds {seeds}.\nA seed draws faults in the same order; how many fit into"
+        " the run, and when each strikes, depends on the machine. What broke stands in the shards"
+        " under `before`.\n"
     )
