@@ -50,8 +50,13 @@ def a_minute(metric: str, by: str, where: str = "") -> str:
 
 
 def in_sight(metric: str, by: str) -> str:
-    """How much a counter grew in the time that the dashboard shows."""
-    return f"sum by ({by}) (increase(quicktune_{metric}[$__range]))"
+    """How much a counter grew in the time that the dashboard shows.
+
+    One that first appeared in that time was 0 before, which `increase` does not know.
+    """
+    name = f"quicktune_{metric}"
+    grown = f"(max_over_time({name}[$__range]) unless {name} offset $__range)"
+    return f"sum by ({by}) ({grown} or increase({name}[$__range]))"
 
 
 def quantile(q: float, metric: str, by: str = "") -> str:
@@ -102,11 +107,12 @@ FLEET = [
         unit="s", stacked=True,
     ),
     Panel(
-        title="Images a second and share of training that waits for images (median)",
-        asked={
-            "images/s": quantile(0.5, "step_images_per_second"),
-            "waiting": quantile(0.5, "step_data_wait_ratio"),
-        },
+        title="Images a second of training (median)",
+        asked={"": quantile(0.5, "step_images_per_second")},
+    ),
+    Panel(
+        title="Share of training that waits for images (median)",
+        asked={"": quantile(0.5, "step_data_wait_ratio")}, unit="percentunit",
     ),
     Panel(
         title="Most memory of a step on its device (p90)",

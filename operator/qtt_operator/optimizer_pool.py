@@ -153,8 +153,12 @@ class OptimizerClient:
 
     async def start(self) -> None:
         """Start the process and return; it imports torch while the caller goes on."""
-        if self._process is not None and self._process.returncode is None:
-            return
+        if self._process is not None:
+            if self._process.returncode is None:
+                return
+            reason = await _why_it_died(self._process)  # it died between two calls
+            self._news.lost(reason)
+            log.warning("optimizer worker lost while nobody asked it: %s", reason)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._process = await asyncio.create_subprocess_exec(
             *self._command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=env

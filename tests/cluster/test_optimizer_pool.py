@@ -14,7 +14,7 @@ import pytest
 from qtt_core.errors import OptimizerError, SpecError, UnknownConfigurationError
 from qtt_core.hub import load_hub
 from qtt_core.steps import BudgetView, Observation, OptimizerSetup, Options, Outcome
-from qtt_operator.optimizer_pool import OptimizerClient
+from qtt_operator.optimizer_pool import OptimizerClient, WorkerNews
 
 EVERYTHING = BudgetView()
 
@@ -72,6 +72,24 @@ def test_a_killed_worker_is_rebuilt_and_answers_as_before():
         assert after.position == before.position == "2-0"
 
     run(scenario)
+
+
+def test_a_worker_that_died_while_nobody_asked_it_is_told_of():
+    losses = []
+
+    class News(WorkerNews):
+        def lost(self, reason):
+            losses.append(reason)
+
+    async def scenario(client):
+        await client.load(make_setup(), [])
+        os.kill(client._process.pid, signal.SIGKILL)
+        await client._process.wait()
+
+        await client.ask(1, EVERYTHING)
+
+    run(scenario, news=News())
+    assert losses == ["OutOfMemory"]
 
 
 def test_asking_twice_without_opening_gives_the_same_proposals():
