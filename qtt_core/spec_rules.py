@@ -200,6 +200,12 @@ def _kept(run: TuningRun) -> Iterator[Fault]:
         yield Fault(
             "spec.checkpoint.maxVolumes", checkpoint.max_volumes, "acts with scope Config only"
         )
+    elif checkpoint.max_volumes is not None:
+        spared = {"Incumbent": 1, "TopK": checkpoint.top_k, "None": 0}.get(checkpoint.retention)
+        if spared is None or checkpoint.max_volumes <= spared:
+            kept = "every volume" if spared is None else f"{spared}"
+            text = f"retention keeps {kept}: none is left for configurations after them"
+            yield Fault("spec.checkpoint.maxVolumes", checkpoint.max_volumes, text)
 
 
 def _one_node(run: TuningRun) -> Iterator[Fault]:

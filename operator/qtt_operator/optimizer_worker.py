@@ -124,7 +124,7 @@ class Session:
         loaded = self._loaded
         try:
             loaded.feed(request["events"])
-        except Exception:
+        except Exception:  # whatever it is, half of the events were taken: load it anew
             self._kept.popitem()  # the newest: it was loaded last
             raise
         return {"position": self.position}

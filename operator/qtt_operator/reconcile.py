@@ -186,7 +186,7 @@ class Reconciler:
         except (StaleEpochError, LeadershipLostError) as error:
             self._fatal(error)
             return None
-        except Exception as error:
+        except Exception as error:  # noted for people; the queue logs it and comes back
             result = self._broken(key, error)
             raise
         finally:

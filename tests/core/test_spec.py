@@ -772,6 +772,27 @@ def test_what_is_probably_not_meant_is_advised_against(
     assert [fault.field for fault in check_spec(parsed(**sections))] == [field]
 
 
+@pytest.mark.parametrize(
+    ("fields", "advised"),
+    [
+        ({"maxVolumes": 1}, True),
+        ({"maxVolumes": 2}, False),
+        ({"maxVolumes": 4, "retention": "TopK", "topK": 4}, True),
+        ({"maxVolumes": 5, "retention": "TopK", "topK": 4}, False),
+        ({"maxVolumes": 99, "retention": "All"}, True),
+        ({"maxVolumes": 1, "retention": "None"}, False),
+        ({"retention": "All"}, False),
+    ],
+)
+def test_volumes_that_retention_takes_for_itself_are_advised_against(
+    fields: dict[str, Any], advised: bool
+) -> None:
+    template = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    run = parsed(checkpoint={"volumeClaimTemplate": template, "scope": "Config", **fields})
+
+    assert [f.field for f in check_spec(run)] == ["spec.checkpoint.maxVolumes"] * advised
+
+
 def test_a_plain_manifest_needs_no_advice() -> None:
     acquisition = {"optimizer": {"algorithm": "QuickTunePaper", "acquisition": "UCB"}}
 
