@@ -721,7 +721,7 @@ def clean_up(cluster: Cluster) -> None:
                 os.kill(pid, signal.SIGKILL)
         while Path(f"/proc/{pid}/ns").exists() and process_state(pid) != "Z":
             time.sleep(0.02)
-        file.unlink()
+        file.unlink(missing_ok=True)  # the end of `run` and a `down` may come together
     for _ in range(100):
         tops = [f for f in cgroup_folders(cluster.cgroup_root) if f.exists()]
         for folder in sorted((g for t in tops for g in t.glob("**/")), key=lambda g: -len(g.parts)):
