@@ -10,6 +10,7 @@ import pytest
 import yaml
 from ledger_reader import epochs_of, events_of, faults, of_kind
 from real_cluster import Kube, Testbed, until
+from tuning_runs import Run
 
 pytestmark = pytest.mark.testbed
 
@@ -29,13 +30,7 @@ def shortened(path: Path, steps: int) -> str:
 
 def complete(kube: Kube) -> dict[str, Any]:
     """The run after `kubectl wait` for Complete; fails at once when it is Failed."""
-
-    def ended() -> dict[str, Any] | None:
-        failed = kube.condition("tuningrun", "digits", "Failed")
-        assert failed is None, failed
-        return kube.condition("tuningrun", "digits", "Complete")
-
-    until("the run is Complete", ended, seconds=RUN_SECONDS, every=1.0)
+    Run(kube=kube, system=kube, name="digits").complete(seconds=RUN_SECONDS)
     kube.kubectl("wait", "--for=condition=Complete", "tnr/digits", "--timeout=5s")
     return kube.get("tuningrun", "digits")
 

@@ -11,6 +11,7 @@ import yaml
 from ledger_reader import events_of, faults, of_kind
 from manifests import claim
 from real_cluster import Kube, Testbed, until
+from tuning_runs import Run
 
 pytestmark = pytest.mark.testbed
 
@@ -32,15 +33,7 @@ def manifest(root: Path, **spec: Any) -> str:
 
 def complete(kube: Kube) -> dict[str, Any]:
     """The run's status once it is Complete; fails at once when it is Failed."""
-
-    def ended() -> dict[str, Any] | None:
-        failed = kube.condition("tuningrun", "digits", "Failed")
-        assert failed is None, failed
-        return kube.condition("tuningrun", "digits", "Complete")
-
-    until("the run is Complete", ended, seconds=RUN_SECONDS, every=1.0)
-    status: dict[str, Any] = kube.get("tuningrun", "digits")["status"]
-    return status
+    return Run(kube=kube, system=kube, name="digits").complete(seconds=RUN_SECONDS)
 
 
 def claims(kube: Kube) -> dict[str, dict[str, Any]]:
