@@ -304,10 +304,12 @@ WEIGHTS = section(
     {
         "claimName": _claim(
             "PersistentVolumeClaim of pretrained weights, or locally a folder as for "
-            "dataset.claimName; absent: the install's claim, or your own hub cache."
+            "dataset.claimName; absent: the install's claim, or one that the operator makes, or "
+            "locally your own hub cache."
         ),
         "fetch": choice(
-            "Auto: fetch what is missing. Never: stay offline. Absent: the install's choice.",
+            "Auto: fetch what is missing, on a cluster by one Job before the first step. Never: "
+            "stay offline. Absent: the install's choice.",
             "Auto",
             "Never",
         ),

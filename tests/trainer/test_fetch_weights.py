@@ -68,6 +68,7 @@ def test_a_step_finds_offline_what_was_fetched(hub, endpoint, folder, commit):
     found = only(fetch([CARD], folder, Source(endpoint=endpoint)))
 
     assert found.state == "fetched"
+    assert {path.removesuffix(".sha256") for _, path, *_ in hub.asked} == {PATH}
     assert find_weights(CARD, str(folder)).read_bytes() == CONTENT
     assert find_weights(CARD, str(folder)).parent.name == (
         commit or hashlib.sha256(CONTENT).hexdigest()[:40]

@@ -198,6 +198,7 @@ def _one_file(card: ModelCard, file: str, folder: Path, source: Source, token: s
     from huggingface_hub import constants, get_hf_file_metadata
 
     constants.HF_HUB_OFFLINE = False  # this command is the exception to a pod's or a shell's rule
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # else it also asks for a list of programs to report
     endpoint = (source.endpoint or constants.ENDPOINT).rstrip("/")
     url = f"{endpoint}/timm/{card.tag}/resolve/main/{file}"
     with _hub_errors(url):
