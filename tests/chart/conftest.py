@@ -61,9 +61,9 @@ def helm_template(helm: str, chart: Path) -> Callable[..., subprocess.CompletedP
     """`helm_template(values)`: what the program answered, whether it rendered or refused."""
 
     def call(values: Object, *words: str) -> subprocess.CompletedProcess[str]:
-        command = [helm, "template", "quicktune-operator", str(chart), *words, "--values", "-"]
+        command = [helm, "template", "quicktune-operator", str(chart), "--kube-version", "1.29.0"]
         return subprocess.run(
-            [*command, "--namespace", "quicktune-system", "--kube-version", "1.29.0"],
+            [*command, "--namespace", "quicktune-system", *words, "--values", "-"],
             input=yaml.safe_dump(values), capture_output=True, text=True, check=False,
         )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from qtt_operator.isolation import build_policy, build_way_out
 from qtt_operator.settings import ClaimDefaults, OperatorSettings, load_settings
 
 Render = Callable[..., list[Object]]
+HelmTemplate = Callable[..., subprocess.CompletedProcess[str]]
 
 VERBS = {"get": "get", "page": "list", "create": "create", "replace": "update", "patch": "patch",
          "delete": "delete", "watch": "watch"}  # fmt: skip
@@ -45,12 +47,17 @@ def test_the_chart_carries_the_crd_as_it_is(chart: Path, root: Path) -> None:
     assert (chart / "files" / name).read_bytes() == (root / "crds" / name).read_bytes()
 
 
-def test_the_crd_is_rendered_unchanged_but_for_labels_and_policy(
-    render: Render, root: Path
+@pytest.mark.parametrize(("server", "selectable"), [("1.29.0", False), ("1.31.0", True)])
+def test_the_crd_is_rendered_unchanged_but_for_labels_policy_and_what_a_server_does_not_know(
+    server: str, selectable: bool, helm_template: HelmTemplate, render: Render, root: Path
 ) -> None:
     source = yaml.safe_load((root / "crds" / "quicktune.dev_tuningruns.yaml").read_text())
-    rendered = one(render("default"), "CustomResourceDefinition", source["metadata"]["name"])
+    objects = list(yaml.safe_load_all(helm_template({}, "--kube-version", server).stdout))
+    rendered = one(objects, "CustomResourceDefinition", source["metadata"]["name"])
 
+    assert ("selectableFields" in rendered["spec"]["versions"][0]) is selectable
+    if not selectable:
+        source["spec"]["versions"][0].pop("selectableFields")
     assert rendered["spec"] == source["spec"]
     assert rendered["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
     assert of_kind(render("bare"), "CustomResourceDefinition") == []
