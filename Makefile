@@ -85,11 +85,12 @@ CLUSTER := $(PY) tests/testbed/cluster.py run --resource nvidia.com/gpu=4 --audi
 
 testbed: venv ## the end-to-end tests, in a Kubernetes that they boot; needs Linux, root and Go
 	@$(PY) tests/testbed/machine.py
+	@tests/chart/prometheus.sh || echo "no Prometheus to be had here; the test of dashboards and alerts is left out"
 	@images=$$($(PY) tests/testbed/images.py) && $(CLUSTER) --nodes 2 --image $$images -- \
 		tests/testbed/run_tests.sh $(PY) $(PYTEST_FLAGS)
 
-e2e: ## that cluster, the chart, a run to Complete, upgrade and rollback in its middle, uninstall
-	@$(MAKE) --no-print-directory testbed PYTEST_FLAGS="-k test_chart $(PYTEST_FLAGS)"
+e2e: ## that cluster, the chart, a run to a model, Prometheus, upgrade and rollback, uninstall
+	@$(MAKE) --no-print-directory testbed PYTEST_FLAGS="-k 'test_chart or observability' $(PYTEST_FLAGS)"
 
 cluster: venv ## a shell in the same cluster, operator installed; it ends with the shell
 	@$(PY) tests/testbed/machine.py
@@ -107,11 +108,12 @@ bench: venv ## the figures of the README: the demo's limits, our overhead, Quick
 	@$(PY) benchmarks/cold_step.py
 	@$(PY) benchmarks/quicktune_vs_random.py
 
-bench-cluster: venv ## the figures of the operator, on fake nodes; needs Linux, root and Go
+bench-cluster: venv ## the figures of the operator, busy and idle; needs Linux, root and Go
 	@$(PY) tests/testbed/machine.py
 	@$(PY) benchmarks/cluster_throughput.py
 	@$(PY) benchmarks/cluster_scale.py
 	@$(PY) benchmarks/cluster_failover.py
+	@$(PY) benchmarks/cluster_idle.py
 
 clean: ## remove what the other targets made
 	@rm -rf $(VENV) .quicktune/digits examples/digits/digits benchmarks/out build dist *.egg-info \

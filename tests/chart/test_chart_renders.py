@@ -185,8 +185,7 @@ def test_trainers_of_a_watched_namespace_are_cut_off(render: Render) -> None:
         (policy,) = (
             p
             for p in of_kind(render("namespaced"), "NetworkPolicy")
-            if p["metadata"]["namespace"] == namespace
-            and p["metadata"]["name"].endswith("-steps")
+            if p["metadata"]["namespace"] == namespace and p["metadata"]["name"].endswith("-steps")
         )
         assert policy["spec"] == {
             "podSelector": {"matchLabels": {"app.kubernetes.io/name": "quicktune-step"}},

@@ -28,6 +28,7 @@ REDIS_POD = f"{RELEASE}-redis-0"
 CLIENT = "REDISCLI_AUTH=$(cat /etc/quicktune/redis/password) redis-cli --user quicktune"
 COUNTED = r"quicktune_steps_total\{.*outcome=\"ok\".*\} [1-9]"
 RUN_SECONDS = 1200.0
+CHANCE = 0.1  # ten digits
 VIOLATIONS = "pod-security.kubernetes.io/audit-violations"
 STANDARD = tuple(f"pod-security.kubernetes.io/{mode}=restricted" for mode in ("warn", "audit"))
 
@@ -236,6 +237,7 @@ def test_a_run_survives_upgrade_and_rollback_and_outlives_the_release(
     release.helm("rollback", "1")
     release.wait()
     complete_with(release, restricted, uid, 7)
+    assert held_out_score(restricted) > 2 * CHANCE
 
     assert verbs_seen(testbed, since) <= granted(release.kube)
     assert "would violate" not in release.said
@@ -267,6 +269,16 @@ def complete_with(release: Release, kube: Kube, uid: str, steps: int) -> None:
     until("it is complete", lambda: finished(kube), seconds=RUN_SECONDS, every=1.0)
     assert release.told(uid) == steps
     assert of_kind(release.events(uid), "close")[-1]["reason"] == "BudgetExhausted"
+
+
+def held_out_score(kube: Kube) -> float:
+    """What the best checkpoint scores on images that the search never saw, by a Job of its own."""
+    kube.kubectl("annotate", "tnr", "digits", "quicktune.dev/evaluate=once")
+
+    def score() -> str:
+        return str(kube.get("tuningrun", "digits")["status"]["best"].get("testScore", ""))
+
+    return float(until("the best is scored", score, seconds=RUN_SECONDS, every=1.0))
 
 
 def leaders(release: Release) -> list[int]:
