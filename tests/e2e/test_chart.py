@@ -242,8 +242,9 @@ def test_a_run_survives_upgrade_and_rollback_and_outlives_the_release(
     assert verbs_seen(testbed, since) <= granted(release.kube)
     assert "would violate" not in release.said
     assert violations(testbed, HOME, restricted.namespace) == set()
-    policies = restricted.kubectl("get", "networkpolicies", "-o", "name")
-    assert policies.strip() == "networkpolicy.networking.k8s.io/quicktune-steps"
+    policies = restricted.kubectl("get", "networkpolicies", "-o", "name").split()
+    made = {name.partition("/")[2] for name in policies}
+    assert made == {"quicktune-steps", "quicktune-weights"}
 
     before, best = release.events(uid), restricted.get("tuningrun", "digits")["status"]["best"]
     release.helm("uninstall")
