@@ -14,10 +14,17 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from qtt_core.errors import ClusterError, ClusterUnavailableError, Fault, NotFoundError, SpecError
+from qtt_core.errors import (
+    ClusterError,
+    ClusterUnavailableError,
+    Fault,
+    NotFoundError,
+    SpecError,
+    VolumeError,
+)
 from qtt_operator import push_plan
 from qtt_operator.cli import Outcome
 from qtt_operator.output import render_one
@@ -174,6 +181,7 @@ def pod_on(api: Any, namespace: str, target: Target, *, image: str, wait: float)
     Raises: NotFoundError without the claim; ClusterError if the pod does not run in `wait` seconds.
     """
     from kubernetes.client import ApiException
+    from urllib3.exceptions import HTTPError
 
     try:
         api.read_namespaced_persistent_volume_claim(target.claim, namespace)
@@ -188,7 +196,10 @@ def pod_on(api: Any, namespace: str, target: Target, *, image: str, wait: float)
         _await_running(api, namespace, name, wait)
         yield lambda script, words, stdin: execute(api, namespace, name, script, words, stdin)
     finally:
-        api.delete_namespaced_pod(name, namespace, grace_period_seconds=0)
+        try:
+            api.delete_namespaced_pod(name, namespace, grace_period_seconds=0)
+        except (ApiException, HTTPError) as error:  # what ended the push is worth more
+            _say(f"pod {name} is left, kubectl -n {namespace} delete pod {name}: {error}")
 
 
 def _await_running(api: Any, namespace: str, name: str, wait: float) -> None:
@@ -224,26 +235,23 @@ def execute(
 ) -> str:  # fmt: skip
     """Run a script in the pod; its standard output.
 
-    Raises: ClusterError with what it printed on stderr; ClusterUnavailableError if the connection
-    breaks.
+    Raises: ClusterError, for a full volume VolumeError, with what it printed on stderr;
+    ClusterUnavailableError if the connection breaks.
     """
     from kubernetes.stream import stream
     from websocket import WebSocketException
 
-    chunks = iter([stdin] if isinstance(stdin, bytes) and stdin else stdin or ())
     out: list[bytes] = []
     errors: list[bytes] = []
     try:
-        socket = stream(
-            api.connect_get_namespaced_pod_exec, name, namespace, container=CONTAINER,
-            command=["sh", "-c", script, "sh", *words], stdin=True, stdout=True, stderr=True,
-            tty=False, binary=True, _preload_content=False,
-        )  # fmt: skip
+        with api_errors():
+            socket = stream(
+                api.connect_get_namespaced_pod_exec, name, namespace, container=CONTAINER,
+                command=["sh", "-c", script, "sh", *words], stdin=True, stdout=True, stderr=True,
+                tty=False, binary=True, _preload_content=False,
+            )  # fmt: skip
         with contextlib.closing(socket):
-            for chunk in chunks:
-                socket.write_stdin(chunk)
-                if not socket.is_open():
-                    break
+            _write(socket, [stdin] if isinstance(stdin, bytes) else stdin)
             while socket.is_open():
                 socket.update(timeout=5)
                 out.append(socket.read_stdout(timeout=0))
@@ -254,9 +262,25 @@ def execute(
     if code is None:
         raise ClusterUnavailableError(f"the connection to pod {name} broke")
     if code:
-        said = b"".join(errors).decode(errors="replace").strip()
-        raise ClusterError(f"in pod {name}: {said or f'exit code {code}'}")
+        said = b"".join(errors).decode(errors="replace").strip() or f"exit code {code}"
+        full = "No space left" in said or "Disk quota" in said
+        raise (VolumeError if full else ClusterError)(f"in pod {name}: {said}")
     return b"".join(out).decode(errors="surrogateescape")
+
+
+def _write(socket: Any, chunks: Iterable[bytes]) -> None:
+    """Write what the other side takes; if it ends before, its last words say why."""
+    from websocket import WebSocketException
+
+    for chunk in filter(None, chunks):
+        socket.update(timeout=0)
+        if not socket.is_open():
+            return
+        try:
+            socket.write_stdin(chunk)
+        except (WebSocketException, OSError) as error:
+            _say(f"the pod reads no more ({error})")
+            return
 
 
 # --- the cluster ----------------------------------------------------------------------------------
@@ -287,6 +311,8 @@ def api_errors() -> Iterator[None]:
     try:
         yield
     except ApiException as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # the client's exec wraps it
+            raise KeyboardInterrupt from error
         try:
             said = json.loads(error.body or "")["message"]
         except (ValueError, TypeError, KeyError):

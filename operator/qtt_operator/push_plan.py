@@ -187,9 +187,9 @@ EXTRACT = """
 set -e
 umask 022
 mkdir -p "$1"
-head -c "$2" | tar -x -f - -C "$1"
+head -c "$2" | { tar -x -f - -C "$1" || { cat > /dev/null; exit 1; }; }
 """
-"""STAGE BYTES: unpack that much of stdin."""
+"""STAGE BYTES: unpack that much of stdin, and read all of it: an exec ends with its input."""
 
 COMMIT = """
 set -e
@@ -208,7 +208,9 @@ rm -rf "$stage"
 def _header(item: Item) -> bytes:
     info = tarfile.TarInfo(item.path)
     info.mode, info.size = 0o644, item.size
-    if item.is_link:
+    if not item.is_link:
+        info.mtime = int(item.source.stat().st_mtime)
+    else:
         info.type, info.linkname = tarfile.SYMTYPE, item.mark.removeprefix("->")
     return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 

@@ -222,7 +222,7 @@ def test_an_interrupted_push_leaves_no_pod_and_is_gone_on_with(
 ) -> None:
     restricted.create(claim("data", "1Gi"))
     for number in range(12):
-        (tmp_path / f"{number:02d}.bin").write_bytes(os.urandom(40 << 20))
+        (tmp_path / f"{number:02d}.bin").write_bytes(os.urandom(16 << 20))
     child = qtt(
         "data", "push", str(tmp_path), "data:big", "-n", restricted.namespace, "--image", BUSYBOX
     )
@@ -241,6 +241,19 @@ def test_an_interrupted_push_leaves_no_pod_and_is_gone_on_with(
     facts = json.loads(said[said.index("{") : said.rindex("}") + 1])
     assert (facts["files"], 0 < facts["sent"] < 12) == (12, True)
     assert contents(folder_of(restricted, testbed, "data") / "big") == contents(tmp_path)
+
+
+def test_a_full_claim_is_named_and_what_was_sent_is_not_shown(
+    restricted: Kube, testbed: Testbed, tmp_path: Path
+) -> None:
+    restricted.create(claim("data", "16Mi", storageClassName="small"))
+    for number in range(4):
+        (tmp_path / f"{number}.bin").write_bytes(os.urandom(8 << 20))
+
+    code, said = pushed(restricted, tmp_path, "data:big")
+
+    assert (code, "No space left" in said) == (74, True), said
+    until("its pod is gone", lambda: restricted.items("pod") == [])
 
 
 def test_a_push_without_claim_or_image_says_which_and_leaves_no_pod(

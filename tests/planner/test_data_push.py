@@ -294,6 +294,27 @@ def test_the_pod_is_deleted_however_a_push_ends(ending: Any) -> None:
     assert api.deleted == [api.made[0]["metadata"]["name"]]
 
 
+def test_a_pod_that_cannot_be_deleted_hides_no_error_and_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from kubernetes.client import ApiException
+
+    api = Api("datasets")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ApiException(status=500, reason="away")
+
+    api.delete_namespaced_pod = refuse  # type: ignore[method-assign]
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pod_on(api, "vision", Target(claim="datasets"), image="i", wait=1),
+    ):
+        raise KeyboardInterrupt
+
+    assert f"delete pod {api.made[0]['metadata']['name']}" in capsys.readouterr().err
+
+
 def test_a_pod_that_does_not_run_is_given_up_with_the_schedulers_words() -> None:
     api = Api("datasets", phase="Pending")
 
@@ -336,6 +357,19 @@ def test_the_servers_refusal_is_told_in_its_words() -> None:
 
     with pytest.raises(ClusterError, match="you may not"), api_errors():
         raise error
+
+
+def test_a_ctrl_c_that_the_client_wraps_stays_one() -> None:
+    from kubernetes.client import ApiException
+
+    def call() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ApiException(status=0, reason=str(error))  # noqa: B904  # as the client does
+
+    with pytest.raises(KeyboardInterrupt), api_errors():
+        call()
 
 
 def test_without_a_cluster_the_verb_exits_69(
