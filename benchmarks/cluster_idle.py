@@ -32,10 +32,11 @@ from real_cluster import Kube, Testbed, command, connect, until
 ROOT = Path(__file__).resolve().parents[1]
 RELEASE, HOME = "quicktune-operator", "quicktune-system"
 ACCOUNT = f"system:serviceaccount:{HOME}:{RELEASE}"
-BUNDLED = (
-    "redis.bundled.enabled=true", "redis.external.url=", "redis.existingSecret.name=",
-    "redis.bundled.image.repository=testbed.local/redis", "redis.bundled.image.tag=1",
-)  # fmt: skip
+BUNDLED = {
+    "bundled": {"enabled": True, "image": {"repository": "testbed.local/redis", "tag": "1"}},
+    "external": {"url": ""},
+    "existingSecret": {"name": ""},
+}
 
 LOOK = """
 import json, os, pathlib
@@ -67,9 +68,9 @@ def inside() -> None:
 def install(kube: Kube) -> float:
     """`helm install` until Redis and the operator are ready; seconds."""
     begun = time.monotonic()
-    values = [word for value in BUNDLED for word in ("--set", value)]
-    words = ["--values", str(ROOT / "tests/testbed/values.yaml"), *values]
-    command("helm", "install", RELEASE, str(ROOT / "helm" / RELEASE), "-n", HOME, *words)
+    values = yaml.safe_load((ROOT / "tests/testbed/values.yaml").read_text()) | {"redis": BUNDLED}
+    chart = ("install", RELEASE, str(ROOT / "helm" / RELEASE))
+    command("helm", *chart, "-n", HOME, "--values", "-", stdin=yaml.safe_dump(values))
     kube.kubectl("rollout", "status", f"deployment/{RELEASE}", "--timeout=300s")
     return time.monotonic() - begun
 
