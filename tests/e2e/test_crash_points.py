@@ -81,11 +81,15 @@ def test_a_leader_frozen_past_its_lease_writes_nothing_more(
     run.until_told(2)
     second = beside.start()
     beside.kill(first, signal.SIGSTOP)
-    until("the other one leads", lambda: {e["ep"] for e in run.events()} > {run.events()[0]["ep"]})
+    until(  # not before it has started a worker and read the run
+        "the other one leads",
+        lambda: {e["ep"] for e in run.events()} > {run.events()[0]["ep"]},
+        seconds=180,
+    )
 
     beside.kill(first, signal.SIGCONT)
 
-    assert beside.died(first, LEASE_SECONDS * 4) != 0
+    assert beside.died(first, LEASE_SECONDS * 15) != 0
     run.complete()
     assert second.poll() is None
     assert run.faults(8) == []
