@@ -17,6 +17,9 @@ from qtt_core.spec import Budget, RunSpec
 from qtt_core.steps import BudgetView, digest
 
 PREPARE_TIMEOUT = 4 * 3600.0
+FEW_MODELS = 4
+"""So many are named in a command to type; of more the whole hub is fetched."""
+
 BUGS_IN_A_ROW, INVALID_IN_A_ROW, INFRA_IN_A_ROW = 5, 3, 3
 """Configurations lost one after the other, no result between, before a person must look."""
 
@@ -202,14 +205,16 @@ def _lacking_weights(i: PlannerInput) -> str:
     """Which models have no weights, why, and what to type; empty if none is known to lack them."""
     missing = i.ledger.prepared.missing_weights if i.ledger.prepared is not None else ()
     if i.ledger.weights_missing:
-        why = i.ledger.weights_missing
+        why, missing = i.ledger.weights_missing, i.supply.models
     elif missing and (i.supply.offline or i.spec.weights.fetch == "Never"):
         why = f"no pretrained weights for {', '.join(missing)}"
     else:
         return ""
-    hub, claim = i.supply.hub or "HUB", i.supply.claim or "CLAIM"
+    claim, words = i.supply.claim or "CLAIM", ["qtt weights fetch --hub", i.supply.hub or "HUB"]
+    if len(missing) <= FEW_MODELS:
+        words += [f"--model {name}" for name in missing]
     return (
-        f"{why[:600]}. Where the hub can be reached: qtt weights fetch --hub {hub} --to DIR; then"
+        f"{why[:600]}. Where the hub can be reached: {' '.join(words)} --to DIR; then"
         f" qtt data push DIR {claim}, then annotate quicktune.dev/retry with a new token"
     )
 

@@ -26,9 +26,11 @@ def supply_of(run: TuningRun, hub: Hub, settings: OperatorSettings) -> Supply:
     claim = run.spec.weights.claim_name or ""
     if not claim and wanted and not is_left_alone(run.spec):
         claim = settings.weights_claim or (own_claim(run.name, settings) if own else "")
+    ref = run.spec.search.hub_ref
     return Supply(
-        models=wanted if own and claim else (), claim=claim, hub=run.spec.search.hub, offline=True
-    )
+        models=wanted if own and claim else (), claim=claim, offline=True,
+        hub=ref.key if ref is not None else run.spec.search.hub,
+    )  # fmt: skip
 
 
 def may_fetch(spec: RunSpec, settings: OperatorSettings) -> bool:

@@ -313,6 +313,12 @@ def test_where_weights_come_from(
     assert supply.offline
 
 
+def test_a_hub_of_ones_own_is_named_as_the_file_it_is_kept_in() -> None:
+    run = birds(search={"space": "native", "hubRef": {"name": "mine", "key": "cards.json"}})
+
+    assert supply_of(run, load_hub("timm24"), OperatorSettings()).hub == "cards.json"
+
+
 def birds(**spec: Any) -> TuningRun:
     return parse_manifest(
         {

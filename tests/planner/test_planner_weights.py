@@ -124,11 +124,22 @@ def test_what_could_not_be_fetched_holds_the_run_with_models_host_and_command() 
     reason, message = plan.held
     assert reason == "WeightsMissing"
     for words in (
-        UNREACHABLE, "qtt weights fetch --hub timm24 --to DIR", "qtt data push DIR birds-weights",
+        UNREACHABLE,
+        "qtt weights fetch --hub timm24 --model vit --model dla --to DIR",
+        "qtt data push DIR birds-weights",
         "quicktune.dev/retry",
-    ):  # fmt: skip
+    ):
         assert words in message
     assert len(message) <= 1024
+
+
+def test_of_many_models_the_whole_hub_is_fetched() -> None:
+    many = replace(SUPPLY, models=tuple(f"m{n}" for n in range(24)))
+
+    held = planned(opening(), given_up(), supply=many).held
+
+    assert held is not None
+    assert "--hub timm24 --to DIR" in held[1]
 
 
 def test_giving_up_counts_as_no_configurations_failure() -> None:
@@ -155,7 +166,7 @@ def test_models_that_prepare_does_not_find_hold_a_run_whose_steps_are_offline() 
 
     assert held is not None
     assert "no pretrained weights for vit. " in held[1]
-    assert "--hub own --to DIR; then qtt data push DIR timm" in held[1]
+    assert "--hub own --model vit --to DIR; then qtt data push DIR timm" in held[1]
     assert here is None  # on one machine the step fetches them
 
 
