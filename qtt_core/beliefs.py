@@ -28,6 +28,9 @@ class Beliefs(Protocol):
     def trend(self, configs: Sequence[Config]) -> Array:
         """Mean course of u, (n, G)."""
 
+    def transfer(self, configs: Sequence[Config]) -> Array | None:
+        """Psi of the curve process, (n, R); None: nothing is known."""
+
     def parameters(self, encoder: Encoder, seed: int) -> Parameters:
         """Of the curve process, before anything was fitted."""
 
@@ -53,6 +56,9 @@ class ColdBeliefs:
     def trend(self, configs: Sequence[Config]) -> Array:
         """Curves of one shape that end where card and learning rate say."""
         return straight(self._level(configs), self.max_fidelity)
+
+    def transfer(self, configs: Sequence[Config]) -> Array | None:
+        """Nothing."""
 
     def parameters(self, encoder: Encoder, seed: int) -> Parameters:
         """The process' own prior."""
@@ -108,6 +114,10 @@ class WarmBeliefs:
     def trend(self, configs: Sequence[Config]) -> Array:
         """The prior's."""
         return self.prior.trend(configs, self.metafeatures)
+
+    def transfer(self, configs: Sequence[Config]) -> Array | None:
+        """The prior's."""
+        return self.prior.transfer(configs, self.metafeatures)
 
     def parameters(self, encoder: Encoder, seed: int) -> Parameters:
         """The prior's, by column name; columns it has never seen begin as in a cold start."""

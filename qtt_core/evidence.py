@@ -38,6 +38,12 @@ class Evidence:
         found = self._known("rows", trials, self.encoder)
         return np.array(found, dtype=np.float64).reshape(len(trials), len(self.encoder.columns))
 
+    def inputs(self, trials: Sequence[Trial]) -> Array:
+        """What the curve process sees of configurations: their rows, then psi; (n, D + R)."""
+        psi = self._known("transfer", trials, self.beliefs.transfer)
+        rows = self.rows(trials)
+        return rows if psi is None else np.hstack([rows, psi])
+
     def trend(self, trials: Sequence[Trial]) -> Array:
         """Mean course of each configuration before data, (n, G)."""
         found = self._known("trend", trials, self.beliefs.trend)

@@ -33,7 +33,7 @@ RATE, NETWORK_RATE = 0.08, 0.01
 """Adam's rates for logarithms of parameters and for network weights (10-optimizer 6: one rate for
 both never moves the noise)."""
 
-PRIOR_SD = {"groups": 1.0, "scales": 0.5, "noise": 1.0, "level_common": 0.5}
+PRIOR_SD = {"groups": 1.0, "scales": 0.5, "noise": 1.0, "level_common": 0.5, "transfer": 0.3}
 """Prior deviation of the logarithm of a parameter, 0.7 where none is given."""
 NETWORK_SD = 0.5
 """Prior deviation of a network weight around its start."""
@@ -45,7 +45,7 @@ SCALARS = tuple(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curves:
-    """What one data set shows: configurations (c, D), their mean courses (c, G), points of them."""
+    """What one data set shows: configurations (c, D + R), mean courses (c, G), points of them."""
 
     x: Array
     trend: Array
@@ -80,8 +80,10 @@ class _Data:
         self, start: Parameters, member: NDArray[np.intp], curves: Curves, max_fidelity: int
     ) -> None:
         rows, count = curves.rows, len(start.groups)
-        self.x = torch.from_numpy(curves.x)
-        self.effects = torch.from_numpy(main_effects(curves.x, curves.x, member, count))
+        x, psi = np.hsplit(curves.x, [len(start.scales)])
+        self.x = torch.from_numpy(x)
+        self.transfer = torch.from_numpy(psi @ psi.T)
+        self.effects = torch.from_numpy(main_effects(x, x, member, count))
         self.index = torch.from_numpy(rows.index)
         clock = progress(rows.epoch, max_fidelity)
         tau = torch.from_numpy(clock)
@@ -148,7 +150,7 @@ class _Problem:
         norm = (phi**2).sum(1)
         distance = (norm[:, None] + norm[None, :] - 2 * phi @ phi.T).clamp_min(0.0)
         kx = torch.tensordot(value["groups"], data.effects, dims=1)
-        kx = kx + value["deep"] * torch.exp(-0.5 * distance)
+        kx = kx + value["deep"] * torch.exp(-0.5 * distance) + value["transfer"] * data.transfer
         kx = kx[data.index][:, data.index]
         shared = value["level_common"] + value["slope_common"] * data.hh
         shared = shared + kx * (1 + value["slope_x"] * data.hh)

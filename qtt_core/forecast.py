@@ -15,7 +15,14 @@ import numpy as np
 from qtt_core.encoding import Array
 from qtt_core.evidence import Evidence, boundary, observed
 from qtt_core.fitting import Curves, fit
-from qtt_core.surrogate import CurveModel, Parameters, Rows, config_kernel, groups_of
+from qtt_core.surrogate import (
+    CurveModel,
+    Parameters,
+    Rows,
+    config_kernel,
+    groups_of,
+    prior_variance,
+)
 from qtt_core.trials import Trial, Trials, smoothed
 
 MIN_RESULTS = 8
@@ -29,6 +36,8 @@ class Conditioned:
     """The process given everything told: what it was fitted to, and on whom it rests."""
 
     mark: int
+    settled: frozenset[int]
+    """Configurations with results up to the mark."""
     parameters: Parameters
     known: Sequence[Trial]
     trend: Array
@@ -92,14 +101,21 @@ class Forecaster:
         known += [t for t in pending if t.config_id not in set(ids)]
         trend = self._evidence.trend(known)
         model = self._model(parameters, known, trend, points)
+        settled = frozenset(told.config_id for told in trials.told[:mark])
         return Conditioned(
-            mark=mark, parameters=parameters, known=known, trend=trend, points=points, model=model
+            mark=mark,
+            settled=settled,
+            parameters=parameters,
+            known=known,
+            trend=trend,
+            points=points,
+            model=model,
         )
 
     def _model(
         self, parameters: Parameters, known: Sequence[Trial], trend: Array, points: Rows
     ) -> CurveModel:
-        x = self._evidence.rows(known)
+        x = self._evidence.inputs(known)
         return CurveModel(parameters, self._member, self._max_fidelity, x, trend, points)
 
     def _ask(
@@ -107,7 +123,7 @@ class Forecaster:
     ) -> tuple[Array, Array]:
         place = state.place
         identity = np.array([place.get(t.config_id, -1) for t in every], dtype=np.intp)
-        diagonal = np.full(len(every), state.parameters.deep + float(state.parameters.groups.sum()))
+        diagonal = prior_variance(state.parameters, self._evidence.inputs(every))
         kx = self._kernel(state, every)
         return state.model.predict(kx, identity, self._evidence.trend(every), diagonal, epochs)
 
@@ -146,7 +162,7 @@ class Forecaster:
             parameters = self._prior
             if len(known) > 1:
                 curves = Curves(
-                    x=self._evidence.rows(known), trend=self._evidence.trend(known), rows=points
+                    x=self._evidence.inputs(known), trend=self._evidence.trend(known), rows=points
                 )
                 parameters = fit(
                     self._prior, self._member, [curves], max_fidelity=self._max_fidelity
@@ -157,14 +173,23 @@ class Forecaster:
 
     def _kernel(self, state: Conditioned, every: Sequence[Trial]) -> Array:
         """k(x, x') between known configurations and candidates, (c, n)."""
-        rows, known = self._evidence.rows, state.known
+        rows, known = self._evidence.inputs, state.known
         if len(every) < MEMO_FROM:
             return config_kernel(state.parameters, self._member, rows(known), rows(every))
         width = len(every)
         missing = [t for t in known if (state.mark, width, t.config_id) not in self._cross]
-        if missing:
-            fresh = config_kernel(state.parameters, self._member, rows(missing), rows(every))
-            for trial, row in zip(missing, fresh, strict=True):
+        for together in self._batches(missing, state.settled):
+            fresh = config_kernel(state.parameters, self._member, rows(together), rows(every))
+            for trial, row in zip(together, fresh, strict=True):
                 self._cross[state.mark, width, trial.config_id] = row
         found = [self._cross[state.mark, width, t.config_id] for t in known]
         return np.array(found).reshape(len(known), width)
+
+    def _batches(self, missing: Sequence[Trial], settled: frozenset[int]) -> list[Sequence[Trial]]:
+        """Those the boundary knew at once, later ones singly: the same in a search and its replay.
+
+        BLAS rounds by shape, and a replay finds all of them missing together.
+        """
+        old = [t for t in missing if t.config_id in settled]
+        late = [t for t in missing if t.config_id not in settled]
+        return [*([old] if old else []), *([t] for t in late)]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import nnls  # type: ignore[import-untyped]  # SciPy ships no types
 from scipy.stats import rankdata, spearmanr  # type: ignore[import-untyped]  # SciPy ships no types
 
 import qtt_core
@@ -21,8 +22,10 @@ from qtt_core.encoding import Array, build_encoder
 from qtt_core.errors import Fault, SpecError
 from qtt_core.fitting import Curves, fit
 from qtt_core.forest import Forest, fit_forest
+from qtt_core.hierarchy import Basis, fit_hierarchy, narrow, wide
+from qtt_core.linear import Linear, centred_weights, fit_linear
 from qtt_core.metadataset import CENSORED, DIVERGED, FAILED, OK, MetaDataset
-from qtt_core.prior import Linear, MetaPrior
+from qtt_core.prior import MetaPrior
 from qtt_core.surrogate import (
     GRID,
     Parameters,
@@ -41,8 +44,6 @@ SMOOTHED = 3
 LEARNING_TASKS, LEARNING_CONFIGS, LEARNING_POINTS = 24, 32, 4
 """Data sets, configurations of each and points of a curve that the process learns from."""
 LEARNING_STEPS = 60
-RIDGE = 1.0
-RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 def metatrain(meta: MetaDataset, seed: int = 0, *, name: str = "") -> MetaPrior:
@@ -58,11 +59,13 @@ def metatrain(meta: MetaDataset, seed: int = 0, *, name: str = "") -> MetaPrior:
     models = _fit_all(table, np.full(len(table.task), True), seed, TREES)
     held_out = _held_out(table, seed)
     encoder = build_encoder(meta.space, meta.hub)
-    parameters = _learn_process(meta, table, held_out, seed)
+    basis, factor = _learn_transfer(table, held_out)
+    parameters = _learn_process(meta, table, held_out, basis(table.x) @ factor, seed)
     return MetaPrior(
         space=meta.space, hub=meta.hub, descriptors=table.descriptors, columns=encoder.columns,
         forests={n: f for n, f in models.forests.items() if f is not None},
-        slope=held_out.slope,
+        slopes=held_out.slopes, wide=models.wide, weights=models.weights,
+        narrow=basis, factor=factor,
         difficulty=models.difficulty, pace=models.pace, seconds_weights=models.seconds_weights,
         seconds_sd=_deviation(held_out.seconds_error), parameters=parameters,
         name=name or f"{len(meta.tasks)} data sets",
@@ -80,6 +83,8 @@ class _Table:
     descriptors: tuple[str, ...]
     x: Array
     """(R, .), inputs of the forests."""
+    columns: tuple[int, ...]
+    """Those of x that belong to configurations."""
     task: NDArray[np.intp]
     end: Array
     """(R,), u of the last epochs."""
@@ -131,11 +136,16 @@ def _tabulate(meta: MetaDataset) -> _Table:
     finished[states == CENSORED] = np.nan
     described = np.array([p.describe(descriptors, meta.metafeatures[name]) for name in names])
     return _Table(
-        descriptors=descriptors, x=x, task=task, end=end, ended=ended,
+        descriptors=descriptors, x=x, columns=_own_columns(meta), task=task, end=end, ended=ended,
         standing=_standing(end, ended, task),
         below=_below(u, end, meta.space.max_fidelity), log_seconds=seconds, finished=finished,
         described=described.reshape(len(names), len(descriptors)), squashes=squashes, u=u,
     )  # fmt: skip
+
+
+def _own_columns(meta: MetaDataset) -> tuple[int, ...]:
+    names = build_encoder(meta.space, meta.hub).columns
+    return tuple(i for i, name in enumerate(names) if not name.startswith("data:"))
 
 
 def _standing(end: Array, ended: NDArray[np.bool_], task: NDArray[np.intp]) -> Array:
@@ -179,6 +189,8 @@ def _below(u: Array, end: Array, max_fidelity: int) -> Array:
 class _Models:
     forests: dict[str, Forest | None]
     seconds_weights: Array
+    wide: Basis
+    weights: Array
     difficulty: Linear
     pace: Linear
 
@@ -191,7 +203,7 @@ def _fit_all(table: _Table, keep: NDArray[np.bool_], seed: int, trees: int) -> _
     paced = keep & np.isfinite(table.log_seconds)
     pace = _by_task(table.log_seconds, table.task, paced, tasks)
     relative = table.log_seconds - pace[table.task]
-    weights = _weights(table.x[paced], relative[paced])
+    weights = centred_weights(table.x[paced], relative[paced])
     forests: dict[str, Forest | None] = {
         "level": _forest(table, ended, table.standing, seed, trees, 3),
         "shape": _forest(
@@ -203,11 +215,18 @@ def _fit_all(table: _Table, keep: NDArray[np.bool_], seed: int, trees: int) -> _
     known = keep & np.isfinite(table.finished)
     if known.any() and table.finished[known].min() < 1:
         forests["finish"] = _forest(table, known, table.finished, seed, trees, 8)
+    difficulty = fit_linear(table.described[tasks], middle[tasks])
+    centred = table.end - middle[table.task]
+    basis = wide(table.x[ended], table.columns, centred[ended])
+    z = np.array([difficulty.standardised(row) for row in table.described])
+    hierarchy = fit_hierarchy(basis(table.x[ended]), centred[ended], table.task[ended], z)
     return _Models(
         forests=forests,
         seconds_weights=weights,
-        difficulty=_linear(table.described[tasks], middle[tasks]),
-        pace=_linear(table.described[tasks], pace[tasks]),
+        wide=basis,
+        weights=hierarchy.weights * (np.arange(len(basis.centre)) > 0),  # its level: `difficulty`
+        difficulty=difficulty,
+        pace=fit_linear(table.described[tasks], pace[tasks]),
     )
 
 
@@ -231,51 +250,6 @@ def _by_task(
     return found
 
 
-def _weights(x: Array, y: Array) -> Array:
-    """Ridge regression without intercept of centred targets on columns within [-1, 1]."""
-    if len(y) == 0:
-        return np.zeros(x.shape[1])
-    return np.asarray(np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ y))
-
-
-def _linear(x: Array, y: Array) -> Linear:
-    """Ridge regression over data sets, its strength and `sd` by leave-one-out."""
-    keep = np.isfinite(y)
-    x, y = x[keep], y[keep]
-    with np.errstate(invalid="ignore"):
-        centre = np.array([_mean(column) for column in x.T])
-        scale = np.array([_spread(column) for column in x.T])
-    if len(y) == 0:
-        return Linear(
-            centre=centre, scale=scale, weights=np.zeros(len(centre)), intercept=0.0, sd=4.0
-        )
-    z = np.clip(np.nan_to_num((x - centre) / scale, nan=0.0), -3, 3)
-    middle = float(y.mean())
-    best = (
-        float(np.sqrt(np.mean((y - middle) ** 2) * (1 + 2 / len(y)))) + 1e-3,
-        np.zeros(z.shape[1]),
-    )
-    for ridge in RIDGES:
-        inverse = np.linalg.inv(z.T @ z + ridge * np.eye(z.shape[1]))
-        hat = z @ inverse @ z.T + 1 / len(y)
-        weights = inverse @ z.T @ (y - middle)
-        error = (y - middle - z @ weights) / np.maximum(1 - np.diag(hat), 0.05)
-        sd = float(np.sqrt(np.mean(error**2)))
-        if sd < best[0]:
-            best = (sd, weights)
-    return Linear(centre=centre, scale=scale, weights=best[1], intercept=middle, sd=best[0])
-
-
-def _mean(column: Array) -> float:
-    known = column[np.isfinite(column)]
-    return float(known.mean()) if len(known) else 0.0
-
-
-def _spread(column: Array) -> float:
-    known = column[np.isfinite(column)]
-    return float(known.std()) or 1.0 if len(known) else 1.0
-
-
 # --- data sets never seen --------------------------------------------------------------------
 
 
@@ -283,8 +257,8 @@ def _spread(column: Array) -> float:
 class _HeldOut:
     """Predictions for each row by models that never saw its data set; NaN where there were none."""
 
-    slope: float
-    """Logits that one unit of predicted standing is worth."""
+    slopes: Array
+    """(2,): what one unit of the trees' standing and of the linear model's is worth, in logits."""
     trend: Array
     """(R, G)"""
     seconds_error: Array
@@ -295,7 +269,7 @@ def _held_out(table: _Table, seed: int) -> _HeldOut:
     tasks = np.unique(table.task)
     order = np.random.default_rng([seed & (2**63 - 1), 11]).permutation(tasks)
     shape = np.full((len(table.task), len(GRID)), np.nan)
-    standing, difficulty, error = (np.full(len(table.task), np.nan) for _ in range(3))
+    standing, linear, difficulty, error = (np.full(len(table.task), np.nan) for _ in range(4))
     for fold in np.array_split(order, min(FOLDS, len(order))):
         out = np.flatnonzero(np.isin(table.task, fold))
         models = _fit_all(table, ~np.isin(table.task, fold), seed, FOLD_TREES)
@@ -304,25 +278,30 @@ def _held_out(table: _Table, seed: int) -> _HeldOut:
             if forest is not None:
                 found = forest.predict(table.x[out])
                 target[out] = found[:, 0] if target.ndim == 1 else found
+        z = np.array([models.difficulty.standardised(table.described[t]) for t in table.task[out]])
+        z = np.hstack([np.ones((len(out), 1)), z])
+        linear[out] = np.sum(models.wide(table.x[out]) * (z @ models.weights), axis=1)
         difficulty[out] = [models.difficulty(table.described[t]) for t in table.task[out]]
         error[out] = _seconds_error(table, models, out)
     if np.isnan(shape).all():
         shape = -straight(np.zeros(len(shape)), table.u.shape[1])
-    slope = _slope(standing, table)
-    level = difficulty + slope * standing
-    return _HeldOut(slope=slope, trend=level[:, None] - shape, seconds_error=error)
+    both = np.stack([standing, linear], axis=1)
+    slopes = _slopes(both, table)
+    level = difficulty + both @ slopes
+    return _HeldOut(slopes=slopes, trend=level[:, None] - shape, seconds_error=error)
 
 
-def _slope(standing: Array, table: _Table) -> float:
-    """Least squares of the centred ends on predicted standings, within data sets."""
-    keep = table.ended & np.isfinite(standing)
+def _slopes(predicted: Array, table: _Table) -> Array:
+    """Least squares, not negative, of the ends on predictions (R, 2), centred in data sets."""
+    keep = table.ended & np.isfinite(predicted).all(axis=1)
     if not keep.any():
-        return 1.0
-    middle = _by_task(table.end, table.task, keep, sorted(set(table.task[keep])))
-    centre = _by_task(standing, table.task, keep, sorted(set(table.task[keep])))
-    x = (standing - centre[table.task])[keep]
-    y = (table.end - middle[table.task])[keep]
-    return float(max(float(x @ y) / max(float(x @ x), 1e-9), 0.0))
+        return np.array([0.5, 0.5])
+    y, x = table.end.copy(), predicted.copy()
+    for i in np.unique(table.task[keep]):
+        mine = keep & (table.task == i)
+        y[mine] -= y[mine].mean()
+        x[mine] -= x[mine].mean(axis=0)
+    return np.asarray(nnls(x[keep], y[keep])[0])
 
 
 def _seconds_error(table: _Table, models: _Models, out: NDArray[np.intp]) -> Array:
@@ -344,7 +323,19 @@ def _deviation(error: Array) -> float:
     return float(np.sqrt(np.mean(known**2))) if len(known) else 0.3
 
 
-def _learn_process(meta: MetaDataset, table: _Table, held_out: _HeldOut, seed: int) -> Parameters:
+def _learn_transfer(table: _Table, held_out: _HeldOut) -> tuple[Basis, Array]:
+    """Features of what the trend leaves on data sets never seen, and how they vary together."""
+    left = table.end - held_out.trend[:, -1]
+    keep = table.ended & np.isfinite(left)
+    basis = narrow(table.x[keep], table.columns)
+    nothing = np.zeros((len(table.described), 0))
+    found = fit_hierarchy(basis(table.x[keep]), left[keep], table.task[keep], nothing)
+    return basis, found.factor()
+
+
+def _learn_process(
+    meta: MetaDataset, table: _Table, held_out: _HeldOut, psi: Array, seed: int
+) -> Parameters:
     """What the curve process must expect: fitted to what the trend leaves on unseen data sets."""
     encoder = build_encoder(meta.space, meta.hub)
     _, member = groups_of(encoder)
@@ -358,7 +349,7 @@ def _learn_process(meta: MetaDataset, table: _Table, held_out: _HeldOut, seed: i
         if len(chosen) < 2:
             continue
         rows = _points(table, chosen, table.squashes[i], rng)
-        x = encoder([meta.configs[j] for j in chosen])
+        x = np.hstack([encoder([meta.configs[j] for j in chosen]), psi[chosen]])
         sets.append(Curves(x=x, trend=held_out.trend[chosen], rows=rows))
     start = prior_parameters(encoder, seed)
     if not sets:

@@ -4,11 +4,13 @@ Made by `metatrain`, read by `policy` when a search begins (10-optimizer 5.3). I
 configuration and the descriptors of the data set, the course of the squashed score, seconds and the
 chance to finish, and says how far such predictions are off: the curve process corrects them online.
 
-    u(x, t) = level of the data set + b l(x, m) - s_x(tau)      trend, in logits (surrogate.Squash)
+    u(x, t) = level of the data set + b l(x, m) + b' h(x, m) - s_x(tau)   trend, in logits
     l   how a configuration stands among others on data like these            (forest, one output)
+    h   the same, by a linear model of products                               (hierarchy)
     s   how far below its end it is at each point of the clock tau            (forest, G outputs)
     log seconds = level of the data set + w . x + c(x)                        (forest, one output)
     P(finish) = f(x)                                                          (forest, one output)
+    psi(x) = phi(x) L          how far real ends are from the trend, together (hierarchy)
 
 Stored as one npz and a JSON card; never a pickle.
 """
@@ -30,7 +32,10 @@ from numpy.typing import NDArray
 from qtt_core.encoding import Array, build_encoder
 from qtt_core.errors import Fault, SpecError
 from qtt_core.forest import Forest
+from qtt_core.gaussian import by_rows
+from qtt_core.hierarchy import Basis
 from qtt_core.hub import Hub
+from qtt_core.linear import Linear
 from qtt_core.metadataset import space_from_json, space_to_json
 from qtt_core.space import SearchSpace
 from qtt_core.steps import Config
@@ -38,23 +43,8 @@ from qtt_core.surrogate import Parameters, straight
 
 SCHEMA = 1
 WEIGHTS, CARD = "prior.npz", "card.json"
+PLAIN = ("slopes", "weights", "factor", "seconds_weights")
 FOREST_NAMES = ("level", "shape", "seconds", "finish")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Linear:
-    """value ~ intercept + weights . (metafeatures - centre) / scale, `sd` off on new data."""
-
-    centre: Array
-    scale: Array
-    weights: Array
-    intercept: float
-    sd: float
-
-    def __call__(self, row: Array) -> float:
-        """The prediction for one data set; what is missing counts as average."""
-        centred = np.nan_to_num((row - self.centre) / self.scale, nan=0.0)
-        return float(self.intercept + np.clip(centred, -3, 3) @ self.weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +58,14 @@ class MetaPrior:
     columns: tuple[str, ...]
     """Of the rows that `parameters` belongs to."""
     forests: Mapping[str, Forest]
-    slope: float
-    """Logits that one unit of predicted standing is worth, on data sets never seen."""
+    slopes: Array
+    """(2,), b and b': what either prediction is worth on data sets never seen."""
+    wide: Basis
+    weights: Array
+    """(1 + M, K), of h."""
+    narrow: Basis
+    factor: Array
+    """(K', R), L."""
     difficulty: Linear
     """Level of a data set, in logits."""
     pace: Linear
@@ -94,12 +90,18 @@ class MetaPrior:
 
     def trend(self, configs: Sequence[Config], metafeatures: Mapping[str, float]) -> Array:
         """Mean of u at the points of GRID, (n, G)."""
-        x = self.rows(configs, metafeatures)
+        x, row = self.rows(configs, metafeatures), self.describe(metafeatures)
         standing = self.forests["level"].predict(x)
-        level = self.difficulty(self.describe(metafeatures)) + self.slope * standing
+        z = np.concatenate([[1.0], self.difficulty.standardised(row)])
+        linear = by_rows(self.wide(x), (z @ self.weights)[:, None])
+        level = self.difficulty(row) + standing * self.slopes[0] + linear * self.slopes[1]
         if "shape" not in self.forests:
             return straight(level[:, 0], self.space.max_fidelity)
         return np.asarray(level - self.forests["shape"].predict(x))
+
+    def transfer(self, configs: Sequence[Config], metafeatures: Mapping[str, float]) -> Array:
+        """Psi, (n, R)."""
+        return by_rows(self.narrow(self.rows(configs, metafeatures)), self.factor)
 
     def log_seconds(self, configs: Sequence[Config], metafeatures: Mapping[str, float]) -> Array:
         """Log of the seconds of one epoch, (n,); zeros if it has never seen seconds."""
@@ -107,7 +109,8 @@ class MetaPrior:
             return np.zeros(len(configs))
         x = self.rows(configs, metafeatures)
         pace = self.pace(self.describe(metafeatures))
-        return pace + x @ self.seconds_weights + self.forests["seconds"].predict(x)[:, 0]
+        factors = by_rows(x, self.seconds_weights[:, None])
+        return np.asarray(pace + (factors + self.forests["seconds"].predict(x))[:, 0])
 
     def finish(self, configs: Sequence[Config], metafeatures: Mapping[str, float]) -> Array:
         """P(finish), (n,), within [0.02, 0.99]."""
@@ -126,8 +129,11 @@ class MetaPrior:
             arrays |= {f"{name}/{key}": value for key, value in forest.arrays().items()}
         for name, linear in (("difficulty", self.difficulty), ("pace", self.pace)):
             arrays |= _arrays(name, linear)
-        arrays |= _arrays("parameters", self.parameters)
-        arrays["seconds_weights"] = self.seconds_weights
+        for name, record in (
+            ("parameters", self.parameters), ("wide", self.wide), ("narrow", self.narrow),
+        ):  # fmt: skip
+            arrays |= _arrays(name, record)
+        arrays |= {name: getattr(self, name) for name in PLAIN}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # its stub knows no dict
         content = buffer.getvalue()
@@ -136,7 +142,7 @@ class MetaPrior:
             "schema": SCHEMA, "name": self.name, "space": space_to_json(self.space),
             "hub": None if self.hub is None else self.hub.to_json(),
             "descriptors": list(self.descriptors), "columns": list(self.columns),
-            "slope": self.slope, "seconds_sd": self.seconds_sd,
+            "seconds_sd": self.seconds_sd,
             "files": {WEIGHTS: hashlib.sha256(content).hexdigest()}, "card": dict(self.card),
         }  # fmt: skip
         (folder / CARD).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -187,13 +193,13 @@ def rows(
     return np.hstack([x, np.broadcast_to(task, (len(x), len(task)))])
 
 
-def _arrays(prefix: str, record: Linear | Parameters) -> dict[str, NDArray[np.generic]]:
+def _arrays(prefix: str, record: Linear | Parameters | Basis) -> dict[str, NDArray[np.generic]]:
     return {f"{prefix}/{f.name}": np.asarray(getattr(record, f.name)) for f in fields(record)}
 
 
 def _record(kind: type, prefix: str, arrays: Mapping[str, NDArray[Any]]) -> Any:
     values = {f.name: arrays[f"{prefix}/{f.name}"] for f in fields(kind)}
-    return kind(**{k: v.astype(np.float64) if v.ndim else float(v) for k, v in values.items()})
+    return kind(**{k: v if v.ndim else float(v) for k, v in values.items()})
 
 
 def _parsed(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> MetaPrior:
@@ -207,7 +213,8 @@ def _parsed(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Met
         hub=None if about["hub"] is None else Hub.from_json(about["hub"]),
         descriptors=tuple(about["descriptors"]), columns=tuple(about["columns"]), forests=forests,
         difficulty=_record(Linear, "difficulty", arrays), pace=_record(Linear, "pace", arrays),
-        slope=float(about["slope"]), seconds_weights=arrays["seconds_weights"].astype(np.float64),
+        wide=_record(Basis, "wide", arrays), narrow=_record(Basis, "narrow", arrays),
+        **{name: arrays[name] for name in PLAIN},
         seconds_sd=float(about["seconds_sd"]), parameters=_record(Parameters, "parameters", arrays),
         name=str(about["name"]), card=about["card"],
     )  # fmt: skip

@@ -8,11 +8,12 @@ never sees seconds.
     u = logit(a), a = (y - 1/C) / (1 - 1/C)          squashed score (10-optimizer 5.3)
     tau(t) = log t / log T in [0, 1],  h = 1 - tau    progress on a logarithmic clock; h = 0 at T
     f(x, t) = A(x) + h B(x) + w_x(tau)                final level, how far below it starts, wiggles
-    k(x, x') = sum_g v_g k_g(x, x') + v_D exp(-|phi(x) - phi(x')|^2 / 2)
+    k(x, x') = sum_g v_g k_g(x, x') + v_D exp(-|phi(x) - phi(x')|^2 / 2) + v_T psi(x) . psi(x')
 
     k_g   one hyperparameter alone: main effects are learned from few curves
     phi   deep embedding: weighted columns beside a small network (deep kernel learning, Wilson
           et al., AISTATS 2016; DyHPO, arXiv 2202.09774): interactions, once data shows them
+    psi   what meta-learning says varies together from data set to data set (`hierarchy`)
     A, B  each = common level + k(x, x') + the configuration's own effect; w: Ornstein-Uhlenbeck
     noise = learned + binomial of n_val; predictions leave it out (epistemic deviation only)
 """
@@ -119,6 +120,7 @@ class Parameters:
     head: Array
     """(H, E) second layer."""
     deep: float = 0.5
+    transfer: float = 1.0
     level_common: float = 2.0
     level_own: float = 0.3
     slope_common: float = 0.5
@@ -193,6 +195,13 @@ def squared(a: Array, b: Array) -> Array:
     return np.asarray(np.maximum(distance, 0.0))
 
 
+def prior_variance(parameters: Parameters, x: Array) -> Array:
+    """k(x, x), (n,)."""
+    psi = x[:, len(parameters.scales) :]
+    still = parameters.deep + float(parameters.groups.sum())
+    return np.asarray(still + parameters.transfer * (psi**2).sum(1))
+
+
 def embed(parameters: Parameters, x: Array) -> Array:
     """phi(x): weighted columns, and the network's outputs beside them; (n, D + E)."""
     deep = np.tanh(x @ parameters.hidden) @ parameters.head
@@ -200,8 +209,11 @@ def embed(parameters: Parameters, x: Array) -> Array:
 
 
 def config_kernel(parameters: Parameters, member: NDArray[np.intp], a: Array, b: Array) -> Array:
-    """k(x, x'), (n, m)."""
-    total = parameters.deep * np.exp(-0.5 * squared(embed(parameters, a), embed(parameters, b)))
+    """k(x, x'), (n, m); rows (., D + R): encoded columns, then psi."""
+    width = len(parameters.scales)
+    total = parameters.transfer * a[:, width:] @ b[:, width:].T
+    a, b = a[:, :width], b[:, :width]
+    total += parameters.deep * np.exp(-0.5 * squared(embed(parameters, a), embed(parameters, b)))
     for group, weight in enumerate(parameters.groups):
         columns = np.flatnonzero(member == group)
         distance = squared(a[:, columns], b[:, columns])
@@ -242,7 +254,7 @@ def curve_kernel(p: Parameters, kx: Array, same: Array, tau: Array, other: Array
 class CurveModel:
     """The process under fixed parameters, conditioned on rows. Immutable once built.
 
-    `x` (c, D) are the configurations that the rows refer to; `trend` (c, G) their mean course.
+    `x` (c, D + R) are the configurations that the rows refer to; `trend` (c, G) their mean course.
     """
 
     def __init__(

@@ -12,9 +12,11 @@ import heapq
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qtt_core.encoding import trainable_share
 from qtt_core.hub import Hub
@@ -31,7 +33,29 @@ class Curve:
     truth: tuple[float, ...]
     scores: tuple[float, ...]
     seconds: tuple[float, ...]
-    diverges_at: int | None
+    diverges_at: int | None = None
+
+
+class Task(Protocol):
+    """One data set: whatever answers what training a configuration on it shows."""
+
+    def curve(self, config: Config) -> Curve:
+        """The curve of a configuration, always the same one."""
+
+    def seconds(self, config: Config) -> float:
+        """Mean seconds of an epoch."""
+
+
+def measured(
+    truth: NDArray[np.float64], n_val: int, noise: float, seconds: float, rng: np.random.Generator
+) -> Curve:
+    """A curve seen through `n_val` images, noise of training and seconds that vary by 8 %."""
+    noisy = truth + rng.normal(0, noise, len(truth))
+    scores = rng.binomial(n_val, np.clip(noisy, 0, 1)) / n_val
+    took = seconds * np.exp(rng.normal(0, 0.08, len(truth)))
+    return Curve(
+        truth=tuple(truth.tolist()), scores=tuple(scores.tolist()), seconds=tuple(took.tolist())
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +87,8 @@ class ToyTask:
     def _draw(self, config: Config, identity: int) -> Curve:
         rng = np.random.default_rng([self.seed, identity])
         truth = self._truth(config, rng)
-        noisy = truth + rng.normal(0, 0.006, len(truth))
-        noisy = rng.binomial(self.n_val, np.clip(noisy, 0, 1)) / self.n_val
-        seconds = self.seconds(config) * np.exp(rng.normal(0, 0.08, len(truth)))
-        return Curve(
-            truth=tuple(float(v) for v in truth),
-            scores=tuple(float(v) for v in noisy),
-            seconds=tuple(float(v) for v in seconds),
-            diverges_at=self._divergence(config, rng),
-        )
+        curve = measured(truth, self.n_val, 0.006, self.seconds(config), rng)
+        return replace(curve, diverges_at=self._divergence(config, rng))
 
     def seconds(self, config: Config) -> float:
         """Mean seconds of an epoch."""
@@ -148,7 +165,7 @@ class Trajectory:
         return self.scores[count - 1] if count else 0.0
 
 
-def answer(task: ToyTask, proposal: Proposal, start_up: float = 0.0) -> Observation:
+def answer(task: Task, proposal: Proposal, start_up: float = 0.0) -> Observation:
     """What running a proposal shows."""
     curve = task.curve(proposal.config)
     start, stop = proposal.fidelity_from, proposal.fidelity_to
@@ -166,7 +183,7 @@ def answer(task: ToyTask, proposal: Proposal, start_up: float = 0.0) -> Observat
 
 def simulate(
     optimizer: Optimizer,
-    task: ToyTask,
+    task: Task,
     *,
     total_seconds: float,
     workers: int = 1,
@@ -195,7 +212,7 @@ def simulate(
             scores.append(recommended_truth(optimizer, task))
 
 
-def recommended_truth(optimizer: Optimizer, task: ToyTask) -> float:
+def recommended_truth(optimizer: Optimizer, task: Task) -> float:
     """The noise-free score of what the optimizer recommends now, 0 before it can."""
     found = optimizer.recommend()
     if found is None:
@@ -204,12 +221,12 @@ def recommended_truth(optimizer: Optimizer, task: ToyTask) -> float:
     return task.curve(config).truth[found.fidelity - 1]
 
 
-def _lost_epoch(task: ToyTask, proposal: Proposal, result: Observation) -> float:
+def _lost_epoch(task: Task, proposal: Proposal, result: Observation) -> float:
     """An epoch that failed was paid for as well."""
     return 0.0 if result.outcome is Outcome.OK else task.seconds(proposal.config)
 
 
-def best_and_worst(task: ToyTask, configs: Sequence[Config]) -> tuple[float, float]:
+def best_and_worst(task: Task, configs: Sequence[Config]) -> tuple[float, float]:
     """Highest true score that training any of them reaches, and the lowest first one."""
     curves = [task.curve(config) for config in configs]
     reached = [c.truth[: None if c.diverges_at is None else c.diverges_at - 1] for c in curves]

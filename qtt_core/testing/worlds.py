@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from ConfigSpace import (
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from qtt_core.space import SearchSpace
 from qtt_core.steps import Config, canonical_json
-from qtt_core.testing.curves import Curve
+from qtt_core.testing.curves import Curve, measured
 
 MODELS, FAMILIES, LATENT = 24, 8, 4
 ADAPTIVE = ("adam", "adamw", "adamp")
@@ -39,6 +39,8 @@ class World:
 
     seed: int
     max_fidelity: int = 50
+    steepness: float = 1.0
+    """How much choices matter; below 1 more of them are fair."""
     space: SearchSpace = field(init=False)
     quality: NDArray[np.float64] = field(init=False)
     gmacs: NDArray[np.float64] = field(init=False)
@@ -197,9 +199,9 @@ class WorldTask:
         drop, mixup = float(config["drop"] or 0.0), float(config["mixup"] or 0.0)
         decay = float(config["weight_decay"] or 0.0)
         small = 1 - math.log10(self.n_train / 400) / 1.7
-        level = self._ease() + 1.1 * world.quality[model] * (1 + 0.3 * own[1])
+        level = 1.1 * world.quality[model] * (1 + 0.3 * own[1])
         level += float(world.taste[model] @ self.latent)
-        level -= min(1.3 * self._mismatch(config) ** 2, 8.0)
+        level -= min(1.3 * self._mismatch(config) ** 2, 8.0 * world.steepness)
         level += frozen * (0.6 * small - 0.9 * far - 0.5 + 0.3 * own[2])
         level -= drop * (3.0 - 2.5 * small + own[3])
         level += math.log2(1 + mixup) * (0.25 * small - 0.25 + 0.1 * own[4])
@@ -209,19 +211,12 @@ class WorldTask:
         level -= 0.3 * abs(math.log10(max(decay, 1e-6)) + 3 + own[6]) * 0.5
         level += {"sgd": -0.5, "adam": -0.1}.get(str(config["opt"]), 0.1 * own[7])
         level += {"none": -0.4, "plateau": -0.2}.get(str(config["sched"]), 0.0)
-        return float(level + 0.35 * luck)
+        return float(self._ease() + world.steepness * (level + 0.35 * luck))
 
     def _draw(self, config: Config, rng: np.random.Generator) -> Curve:
         truth = self._truth(config, rng)
-        noisy = truth + rng.normal(0, 0.008, len(truth))
-        noisy = rng.binomial(self.n_val, np.clip(noisy, 0, 1)) / self.n_val
-        seconds = self.seconds(config) * np.exp(rng.normal(0, 0.08, len(truth)))
-        return Curve(
-            truth=tuple(float(v) for v in truth),
-            scores=tuple(float(v) for v in noisy),
-            seconds=tuple(float(v) for v in seconds),
-            diverges_at=self._divergence(config, rng),
-        )
+        curve = measured(truth, self.n_val, 0.008, self.seconds(config), rng)
+        return replace(curve, diverges_at=self._divergence(config, rng))
 
     def _truth(self, config: Config, rng: np.random.Generator) -> NDArray[np.float64]:
         """Noise-free scores of the epochs 1..T."""
