@@ -173,12 +173,12 @@ class Portfolio:
         return Choice(config_id=ranked[0].config_id, fidelity_to=trials.max_fidelity, rule=rule)
 
 
-def promotion(trials: Trials) -> Choice | None:
+def promotion(trials: Trials, first: int = 1) -> Choice | None:
     """The best configuration in the top third of a rung, not promoted yet; highest rung first.
 
     Scores are compared at the rung itself. Failed configurations count as beaten.
     """
-    levels = rungs(trials.max_fidelity, trials.step)
+    levels = rungs(trials.max_fidelity, trials.step, first)
     every = trials.all()
     for level, target in reversed(list(pairwise(levels))):
         reached = [t for t in every if t.t >= level or _is_closed(t)]

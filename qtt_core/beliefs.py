@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -24,6 +24,10 @@ from qtt_core.surrogate import Parameters, groups_of, prior_parameters, straight
 
 class Beliefs(Protocol):
     """Pure functions of configurations."""
+
+    @property
+    def informed(self) -> bool:
+        """Whether other data sets have spoken."""
 
     def trend(self, configs: Sequence[Config]) -> Array:
         """Mean course of u, (n, G)."""
@@ -52,6 +56,7 @@ class ColdBeliefs:
     hub: Hub | None
     max_fidelity: int
     meta_learning: bool = True
+    informed: ClassVar[bool] = False
 
     def trend(self, configs: Sequence[Config]) -> Array:
         """Curves of one shape that end where card and learning rate say."""
@@ -110,6 +115,7 @@ class WarmBeliefs:
 
     prior: MetaPrior
     metafeatures: Mapping[str, float]
+    informed: ClassVar[bool] = True
 
     def trend(self, configs: Sequence[Config]) -> Array:
         """The prior's."""

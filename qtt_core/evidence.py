@@ -99,19 +99,24 @@ def boundary(results: int) -> int:
     return results // step * step
 
 
-def observed(trials: Trials, squash: Squash, upto: int | None = None) -> tuple[list[int], Rows]:
+def observed(
+    trials: Trials, squash: Squash, upto: int | None = None, most: int = MAX_ROWS
+) -> tuple[list[int], Rows]:
     """Ids of the configurations with curve points, by first result, and the points themselves.
 
-    `upto` cuts history after that many results. A divergence counts as the worst score at the epoch
-    that failed; configurations that ran out of memory have no point (10-optimizer 5.1).
+    `upto` cuts history after that many results, `most` bounds the points. A divergence counts as
+    the worst score at the epoch that failed; configurations that ran out of memory have no point
+    (10-optimizer 5.1).
     """
-    points = points_of(trials, upto)
+    points = points_of(trials, upto, most)
     ids = list(dict.fromkeys(config_id for config_id, _, _ in points))
     return ids, _as_rows(points, ids, squash)
 
 
-def points_of(trials: Trials, upto: int | None = None) -> list[tuple[int, int, float]]:
-    """(config_id, epoch, score) of every curve point to learn from, as told; at most MAX_ROWS."""
+def points_of(
+    trials: Trials, upto: int | None = None, most: int = MAX_ROWS
+) -> list[tuple[int, int, float]]:
+    """(config_id, epoch, score) of every curve point to learn from, as told; at most `most`."""
     points: list[tuple[int, int, float]] = []
     for told in trials.told[:upto]:
         trial = trials.trial(told.config_id)
@@ -119,12 +124,12 @@ def points_of(trials: Trials, upto: int | None = None) -> list[tuple[int, int, f
         points += [(told.config_id, epoch, trial.scores[epoch - 1]) for epoch in epochs]
         if told.outcome is Outcome.DIVERGED:
             points.append((told.config_id, trial.failed_at, 0.0))
-    return _thinned(points)
+    return _thinned(points, most)
 
 
-def _thinned(points: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
-    """At most MAX_ROWS points: every curve's last one first, then epochs on a doubling grid."""
-    if len(points) <= MAX_ROWS:
+def _thinned(points: list[tuple[int, int, float]], most: int) -> list[tuple[int, int, float]]:
+    """At most so many points: every curve's last one first, then epochs on a doubling grid."""
+    if len(points) <= most:
         return points
     last = {config_id: epoch for config_id, epoch, _ in points}
 
@@ -133,7 +138,7 @@ def _thinned(points: list[tuple[int, int, float]]) -> list[tuple[int, int, float
         on_grid = behind == 0 or behind & (behind - 1) == 0
         return (0 if behind == 0 else 1 if on_grid else 2, behind)
 
-    kept = sorted(range(len(points)), key=lambda i: (rank(points[i]), -i))[:MAX_ROWS]
+    kept = sorted(range(len(points)), key=lambda i: (rank(points[i]), -i))[:most]
     return [points[i] for i in sorted(kept)]
 
 

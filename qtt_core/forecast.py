@@ -27,6 +27,12 @@ from qtt_core.trials import Trial, Trials, smoothed
 
 MIN_RESULTS = 8
 """Before as many results, parameters are the prior's."""
+FIT_ROWS = 256
+"""Points that parameters are fitted to at most: a fit takes their third power, and neighbouring
+epochs say the same."""
+OPENING = 0.75
+"""Nothing to beat yet: that quantile of the candidates' predictions. Against the worst of them all
+gains are alike, and price alone decides."""
 MEMO_FROM = 64
 """Rows of the kernel against at least as many candidates are kept: the pool asks again."""
 
@@ -89,7 +95,7 @@ class Forecaster:
             state = self._fantasised(state, pending)
         mean, sd = self._ask(state, every, horizon)
         if not len(state.points.u):
-            best = float(np.min(mean))  # nothing to beat yet: rank by mean and price
+            best = float(np.quantile(mean, OPENING))
         return mean, sd, best
 
     # --- parts -------------------------------------------------------------------------------
@@ -157,7 +163,7 @@ class Forecaster:
         if mark < MIN_RESULTS:
             mark = 0
         if mark not in self._fits:
-            ids, points = observed(trials, self._evidence.squash, mark)
+            ids, points = observed(trials, self._evidence.squash, mark, FIT_ROWS)
             known = [trials.trial(c) for c in ids]
             parameters = self._prior
             if len(known) > 1:

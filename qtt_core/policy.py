@@ -33,10 +33,21 @@ from qtt_core.trials import (
     steps_left,
 )
 
-COST_FACTOR = 0.7
-"""alpha_0 of 10-optimizer 5.5."""
-SAFETY_SHARE = 3
-"""Every third ask follows ASHA's promotion rule: a wrong model costs little (10-optimizer 5.6)."""
+
+@dataclass(frozen=True, slots=True)
+class Stance:
+    """How far the model is trusted (10-optimizer 5.5, 5.6); figures in docs/optimizer.md."""
+
+    cost_factor: float
+    """alpha_0."""
+    safety_share: int
+    """Every so manieth ask follows ASHA's promotion rule: a wrong model costs little."""
+    first_rung: int
+    """Epochs of a first job; one epoch says little where a prior has spoken already."""
+
+
+STANCES = {False: Stance(0.7, 3, 1), True: Stance(1.0, 6, 3)}
+"""By whether a meta-learned prior has spoken."""
 MARGIN = math.log(1.1)
 """Going on with the configuration that just ran saves a restart: it may be 10 % worse."""
 GROWTH, PARENTS = 12, 4
@@ -59,6 +70,23 @@ class Scored:
     acquisition: Array
 
 
+def to_beat(trials: Sequence[Trial], mean: Array, best: float) -> Array:
+    """What each candidate must be better than to be a gain, (n,).
+
+    The incumbent, or what going on with the best started configuration is expected to reach: a
+    candidate that only beats a half-trained incumbent gains nothing. For that one itself: what the
+    second best reaches. `mean` (n,): predictions at each horizon; `best`: the incumbent.
+    """
+    started = [i for i, t in enumerate(trials) if t.failure is None and (t.scores or t.pending_to)]
+    bar = np.full(len(trials), best)
+    if not started:
+        return bar
+    ranked = sorted(started, key=lambda i: (-mean[i], trials[i].config_id))
+    bar[:] = max(best, float(mean[ranked[0]]))
+    bar[ranked[0]] = max([best, *(float(mean[i]) for i in ranked[1:2])])
+    return bar
+
+
 class QuickTuneRule:
     """The default rule: one object per search; its memos follow the results."""
 
@@ -74,6 +102,7 @@ class QuickTuneRule:
         fixed_pool: bool = False,
     ) -> None:
         self._space, self._evidence = space, evidence
+        self._stance = STANCES[evidence.beliefs.informed]
         self._seed, self._options, self._fixed = seed, options, fixed_pool
         self.forecaster = Forecaster(
             evidence, seed=seed, max_fidelity=space.max_fidelity,
@@ -91,8 +120,9 @@ class QuickTuneRule:
             return Stop("budget" if fits and self._limited(budget) else "exhausted")
         if self._gain_is_spent(scored, open_):
             return Stop("gain")
-        if trials.proposal_count % SAFETY_SHARE == SAFETY_SHARE - 1:
-            promoted = promotion(trials)
+        share = self._stance.safety_share
+        if trials.proposal_count % share == share - 1:
+            promoted = promotion(trials, self._stance.first_rung)
             if promoted is not None and open_[self._place(scored, promoted.config_id)]:
                 return self._explained(trials, scored, promoted.config_id, promoted.rule)
         order = self._order(scored, open_)
@@ -121,7 +151,8 @@ class QuickTuneRule:
             self._evidence.encoder, [every[i] for i in ran], rows[ran], rows,
             believed=self._evidence.believed_finish(every),
         )  # fmt: skip
-        acquisition = log_expected_improvement(mean, sd, best) + np.log(finish)
+        bar = to_beat(every, mean, best)
+        acquisition = log_expected_improvement(mean, sd, bar) + np.log(finish)
         if self._options.cost_aware:
             remaining = np.maximum(horizon - np.array([t.t for t in every]), 1)
             spending = costs.startup_seconds + seconds * remaining
@@ -135,7 +166,7 @@ class QuickTuneRule:
             shares.append(budget.spent_seconds / budget.total_seconds)
         if budget.total_steps:
             shares.append(budget.spent_steps / budget.total_steps)
-        return cooled(COST_FACTOR if factor is None else factor, max(shares))
+        return cooled(self._stance.cost_factor if factor is None else factor, max(shares))
 
     def _limited(self, budget: BudgetView) -> bool:
         return budget.total_seconds is not None or budget.total_steps is not None
@@ -215,7 +246,7 @@ class QuickTuneRule:
         squash, u = self._evidence.squash, scored.mean[place]
         mean = float(squash.to_score(u))
         rank = int(np.sum(scored.acquisition > scored.acquisition[place])) + 1
-        end = next_rung(trial.t, trials.max_fidelity, trials.step)
+        end = next_rung(trial.t, trials.max_fidelity, trials.step, self._stance.first_rung)
         if not self._options.grey_box:
             end = trials.max_fidelity
         return Choice(

@@ -281,15 +281,16 @@ class Trials:
 # --- pure questions about trials -----------------------------------------------------------------
 
 
-def rungs(max_fidelity: int, step: int) -> tuple[int, ...]:
-    """{1, 3, 9, 27, T} rounded up to multiples of Δ; the last one is T."""
-    rounded = {min(max_fidelity, -(-rung // step) * step) for rung in RUNGS if rung < max_fidelity}
+def rungs(max_fidelity: int, step: int, first: int = 1) -> tuple[int, ...]:
+    """{1, 3, 9, 27, T} from `first` on, rounded up to multiples of Δ; the last one is T."""
+    wanted = [rung for rung in RUNGS if first <= rung < max_fidelity]
+    rounded = {min(max_fidelity, -(-rung // step) * step) for rung in wanted}
     return (*sorted(rounded - {max_fidelity}), max_fidelity)
 
 
-def next_rung(t: int, max_fidelity: int, step: int) -> int:
+def next_rung(t: int, max_fidelity: int, step: int, first: int = 1) -> int:
     """The first rung above t."""
-    return next(rung for rung in rungs(max_fidelity, step) if rung > t)
+    return next(rung for rung in rungs(max_fidelity, step, first) if rung > t)
 
 
 def job_end(
