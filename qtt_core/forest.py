@@ -92,6 +92,7 @@ def fit_forest(
     trees: int = 100,
     leaf: int = 3,
     columns: float = 0.6,
+    bootstrap: bool = True,
 ) -> Forest:
     """Trees fitted to (n, D) rows and (n,) or (n, K) targets; `leaf`: rows in a leaf at least.
 
@@ -102,7 +103,7 @@ def fit_forest(
     )
 
     model = ExtraTreesRegressor(
-        n_estimators=trees, min_samples_leaf=leaf, max_features=columns, bootstrap=True,
+        n_estimators=trees, min_samples_leaf=leaf, max_features=columns, bootstrap=bootstrap,
         random_state=seed & 0x7FFFFFFF,
     )  # fmt: skip
     model.fit(x.astype(np.float32), y, sample_weight=weights)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qtt_core.encoding import Array
+from qtt_core.gaussian import by_rows
 
 NUMERIC_LIMIT = 12
 """Columns of more than two values that enter products at most; those that explain most."""
@@ -87,6 +88,31 @@ def _explained(column: Array, y: Array) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Products:
+    """What is expected of rows: phi(x) . W z, the level of the data set left out."""
+
+    pairs: NDArray[np.intp]
+    centre: Array
+    weights: Array
+    """W, (1 + M, K)"""
+
+    def __call__(self, x: Array, z: Array) -> Array:
+        """Rows (n, D), descriptors (M,) -> (n,), each the same whichever others are asked with."""
+        phi = Basis(pairs=self.pairs, centre=self.centre)(x)
+        return by_rows(phi, (np.concatenate([[1.0], z]) @ self.weights)[:, None])[:, 0]
+
+
+def fit_products(
+    x: Array, usable: Sequence[int], y: Array, task: NDArray[np.intp], z: Array
+) -> Products:
+    """From rows (n, D) with y (n,), centred in each data set; z (tasks, M) as `fit_hierarchy`."""
+    basis = wide(x, usable, y)
+    weights = fit_hierarchy(basis(x), y, task, z).weights
+    weights[:, 0] = 0.0
+    return Products(pairs=basis.pairs, centre=basis.centre, weights=weights)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Hierarchy:
     """What EM found."""
 
@@ -113,7 +139,7 @@ def fit_hierarchy(phi: Array, y: Array, task: NDArray[np.intp], z: Array) -> Hie
     standardised, 0 where missing.
     """
     present = [int(i) for i in np.unique(task)]
-    sums = [_Sums.of(phi[task == i], y[task == i]) for i in present]
+    runs = [_Runs.of(phi[task == i], y[task == i]) for i in present]
     design = np.hstack([np.ones((len(present), 1)), z[present]])
     ridge = np.diag([0.1, *[DESCRIPTOR_RIDGE] * z.shape[1]])
     start = np.full(phi.shape[1], WEIGHT_VARIANCE)
@@ -122,36 +148,43 @@ def fit_hierarchy(phi: Array, y: Array, task: NDArray[np.intp], z: Array) -> Hie
         weights=np.zeros((design.shape[1], phi.shape[1])), covariance=np.diag(start), noise=0.1
     )
     for _ in range(ROUNDS):
-        found = _round(found, sums, design, ridge, start)
+        found = _round(found, runs, design, ridge, start)
     return found
 
 
 @dataclass(frozen=True, slots=True)
-class _Sums:
-    """Sufficient statistics of one data set."""
+class _Runs:
+    """Runs of one data set, as at most K equations that say the same of its weights."""
 
-    gram: Array
-    cross: Array
-    squares: float
+    phi: Array
+    y: Array
+    rest: float
+    """Sum of squares that no weights explain."""
     count: int
 
     @staticmethod
-    def of(phi: Array, y: Array) -> _Sums:
-        return _Sums(phi.T @ phi, phi.T @ y, float(y @ y), len(y))
+    def of(phi: Array, y: Array) -> _Runs:
+        if len(y) <= phi.shape[1]:
+            return _Runs(phi, y, 0.0, len(y))
+        q, r = np.linalg.qr(phi)
+        short = q.T @ y
+        return _Runs(r, short, max(float(y @ y - short @ short), 0.0), len(y))
 
 
 def _round(
-    now: Hierarchy, sums: Sequence[_Sums], design: Array, ridge: Array, start: Array
+    now: Hierarchy, runs: Sequence[_Runs], design: Array, ridge: Array, start: Array
 ) -> Hierarchy:
     """One expectation and one maximisation."""
-    precision = np.linalg.inv(now.covariance)
     expected = design @ now.weights
-    means, spread, error = [], np.zeros_like(precision), 0.0
-    for one, mean in zip(sums, expected, strict=True):
-        posterior = np.linalg.inv(precision + one.gram / now.noise)
-        w = posterior @ (one.cross / now.noise + precision @ mean)
-        error += one.squares - 2 * w @ one.cross + w @ one.gram @ w
-        error += float(np.sum(one.gram * posterior))
+    means, spread, error = [], np.zeros_like(now.covariance), 0.0
+    for one, mean in zip(runs, expected, strict=True):
+        cross = one.phi @ now.covariance
+        inside = cross @ one.phi.T + now.noise * np.eye(len(one.y))
+        gain = np.linalg.solve(inside, cross).T
+        w = mean + gain @ (one.y - one.phi @ mean)
+        posterior = now.covariance - gain @ cross
+        error += one.rest + float(np.sum((one.y - one.phi @ w) ** 2))
+        error += float(np.sum((one.phi @ posterior) * one.phi))
         means.append(w)
         spread += posterior
     found = np.array(means)
@@ -160,6 +193,6 @@ def _round(
     total = spread + apart.T @ apart + DATA_SETS_OF_PRIOR * np.diag(start)
     return Hierarchy(
         weights=weights,
-        covariance=total / (len(sums) + DATA_SETS_OF_PRIOR),
-        noise=max(float(error) / sum(one.count for one in sums), 1e-4),
+        covariance=(total + total.T) / 2 / (len(runs) + DATA_SETS_OF_PRIOR),
+        noise=max(error / sum(one.count for one in runs), 1e-4),
     )

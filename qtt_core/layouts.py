@@ -10,6 +10,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from qtt_core.errors import Fault, SpecError
 from qtt_core.hub import load_hub
 from qtt_core.metadataset import CENSORED, DIVERGED, FAILED, OK, MetaDataset
 from qtt_core.space import build_space
-from qtt_core.steps import Scalar
+from qtt_core.steps import Config, Scalar
 
 EPOCHS = 50
 FUSED_BATCHNORM = ("mobilevit", "tf_efficientnet")
@@ -33,6 +34,43 @@ PLAIN = (
 """Columns whose values are the hyperparameter's."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a row says of its run before it began."""
+
+    run: str
+    dataset: str
+    config: Config
+    metafeatures: Mapping[str, float]
+
+
+def read_runs(path: Path) -> list[Run]:
+    """Every row of a table of micro runs. Raises: as `from_runs_csv`."""
+    space = build_space("quicktune-v1", load_hub("timm24"), max_fidelity=EPOCHS)
+    return [
+        Run(
+            run=row["run"], dataset=row["dataset"], config=space.canonical(_config(row)),
+            metafeatures=_metafeatures(row),
+        )
+        for row in _rows(path)
+    ]  # fmt: skip
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"run", "dataset", "epochs_done", "top1", *PLAIN} <= rows[0].keys():
+        raise SpecError([Fault(str(path), "header", "is not the table of micro runs")])
+    return rows
+
+
+def _metafeatures(row: Mapping[str, str]) -> dict[str, float]:
+    return {
+        "n_train": float(MICRO_TRAIN), "n_val": float(MICRO_VAL),
+        "num_classes": float(row["num_classes"]),
+    }  # fmt: skip
+
+
 def from_runs_csv(path: Path) -> MetaDataset:
     """The 1,308 published micro runs: one run a row, only the last epoch's score is known.
 
@@ -42,11 +80,7 @@ def from_runs_csv(path: Path) -> MetaDataset:
     """
     hub = load_hub("timm24")
     space = build_space("quicktune-v1", hub, max_fidelity=EPOCHS)
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"run", "dataset", "epochs_done", "top1", *PLAIN} <= rows[0].keys():
-        raise SpecError([Fault(str(path), "header", "is not the table of micro runs")])
-    kept = [(row, state) for row in rows if (state := _state(row)) is not None]
+    kept = [(row, state) for row in _rows(path) if (state := _state(row)) is not None]
     curves = np.full((len(kept), EPOCHS), np.nan, dtype=np.float32)
     seconds = np.full((len(kept), EPOCHS), np.nan, dtype=np.float32)
     for i, (row, state) in enumerate(kept):
@@ -64,13 +98,7 @@ def from_runs_csv(path: Path) -> MetaDataset:
         seconds=seconds,
         states=tuple(state for _, state in kept),
         datasets=tuple(row["dataset"] for row, _ in kept),
-        metafeatures={
-            row["dataset"]: {
-                "n_train": float(MICRO_TRAIN), "n_val": float(MICRO_VAL),
-                "num_classes": float(row["num_classes"]),
-            }
-            for row, _ in kept
-        },
+        metafeatures={row["dataset"]: _metafeatures(row) for row, _ in kept},
         hub=hub,
         source="Quick-Tune meta-data set, micro (Pineda Arango et al., ICLR 2024)",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Ridge regressions on few data sets: a level from descriptors, factors of seconds."""
+"""Ridge regressions on few data sets: a level from descriptors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 
 from qtt_core.encoding import Array
 
-RIDGE = 1.0
 RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
@@ -29,13 +28,6 @@ class Linear:
     def standardised(self, row: Array) -> Array:
         """Descriptors within [-3, 3]; what is missing counts as average."""
         return np.clip(np.nan_to_num((row - self.centre) / self.scale, nan=0.0), -3, 3)
-
-
-def centred_weights(x: Array, y: Array) -> Array:
-    """Ridge regression without intercept of centred targets on columns within [-1, 1]."""
-    if len(y) == 0:
-        return np.zeros(x.shape[1])
-    return np.asarray(np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ y))
 
 
 def fit_linear(x: Array, y: Array) -> Linear:

@@ -42,11 +42,15 @@ class Stance:
     """alpha_0."""
     safety_share: int
     """Every so manieth ask follows ASHA's promotion rule: a wrong model costs little."""
-    first_rung: int
-    """Epochs of a first job; one epoch says little where a prior has spoken already."""
+    first_share: float
+    """Of T, trained at once; a first epoch says little where a prior has spoken already."""
+
+    def first_rung(self, max_fidelity: int) -> int:
+        """Epochs of a first job at least."""
+        return max(1, math.ceil(self.first_share * max_fidelity))
 
 
-STANCES = {False: Stance(0.7, 3, 1), True: Stance(1.0, 6, 3)}
+STANCES = {False: Stance(0.7, 3, 0.0), True: Stance(1.0, 6, 0.05)}
 """By whether a meta-learned prior has spoken."""
 MARGIN = math.log(1.1)
 """Going on with the configuration that just ran saves a restart: it may be 10 % worse."""
@@ -103,6 +107,7 @@ class QuickTuneRule:
     ) -> None:
         self._space, self._evidence = space, evidence
         self._stance = STANCES[evidence.beliefs.informed]
+        self._first_rung = self._stance.first_rung(space.max_fidelity)
         self._seed, self._options, self._fixed = seed, options, fixed_pool
         self.forecaster = Forecaster(
             evidence, seed=seed, max_fidelity=space.max_fidelity,
@@ -122,7 +127,7 @@ class QuickTuneRule:
             return Stop("gain")
         share = self._stance.safety_share
         if trials.proposal_count % share == share - 1:
-            promoted = promotion(trials, self._stance.first_rung)
+            promoted = promotion(trials, self._first_rung)
             if promoted is not None and open_[self._place(scored, promoted.config_id)]:
                 return self._explained(trials, scored, promoted.config_id, promoted.rule)
         order = self._order(scored, open_)
@@ -246,7 +251,7 @@ class QuickTuneRule:
         squash, u = self._evidence.squash, scored.mean[place]
         mean = float(squash.to_score(u))
         rank = int(np.sum(scored.acquisition > scored.acquisition[place])) + 1
-        end = next_rung(trial.t, trials.max_fidelity, trials.step, self._stance.first_rung)
+        end = next_rung(trial.t, trials.max_fidelity, trials.step, self._first_rung)
         if not self._options.grey_box:
             end = trials.max_fidelity
         return Choice(

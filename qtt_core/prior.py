@@ -8,7 +8,7 @@ chance to finish, and says how far such predictions are off: the curve process c
     l   how a configuration stands among others on data like these            (forest, one output)
     h   the same, by a linear model of products                               (hierarchy)
     s   how far below its end it is at each point of the clock tau            (forest, G outputs)
-    log seconds = level of the data set + w . x + c(x)                        (forest, one output)
+    log seconds = level of the data set + a c(x) + a' h'(x, m)                (both again)
     P(finish) = f(x)                                                          (forest, one output)
     psi(x) = phi(x) L          how far real ends are from the trend, together (hierarchy)
 
@@ -33,7 +33,7 @@ from qtt_core.encoding import Array, build_encoder
 from qtt_core.errors import Fault, SpecError
 from qtt_core.forest import Forest
 from qtt_core.gaussian import by_rows
-from qtt_core.hierarchy import Basis
+from qtt_core.hierarchy import Basis, Products
 from qtt_core.hub import Hub
 from qtt_core.linear import Linear
 from qtt_core.metadataset import space_from_json, space_to_json
@@ -43,7 +43,7 @@ from qtt_core.surrogate import Parameters, straight
 
 SCHEMA = 1
 WEIGHTS, CARD = "prior.npz", "card.json"
-PLAIN = ("slopes", "weights", "factor", "seconds_weights")
+PLAIN = ("slopes", "factor")
 FOREST_NAMES = ("level", "shape", "seconds", "finish")
 
 
@@ -59,10 +59,9 @@ class MetaPrior:
     """Of the rows that `parameters` belongs to."""
     forests: Mapping[str, Forest]
     slopes: Array
-    """(2,), b and b': what either prediction is worth on data sets never seen."""
-    wide: Basis
-    weights: Array
-    """(1 + M, K), of h."""
+    """(2, 2), b and b', a and a': what either prediction is worth on data sets never seen."""
+    level_products: Products
+    seconds_products: Products
     narrow: Basis
     factor: Array
     """(K', R), L."""
@@ -70,8 +69,6 @@ class MetaPrior:
     """Level of a data set, in logits."""
     pace: Linear
     """Mean log seconds of an epoch on a data set."""
-    seconds_weights: Array
-    """w, one for each column of `rows`: factors of seconds multiply."""
     seconds_sd: float
     """Deviation of log seconds around the prediction, the data set's level known."""
     parameters: Parameters
@@ -91,13 +88,13 @@ class MetaPrior:
     def trend(self, configs: Sequence[Config], metafeatures: Mapping[str, float]) -> Array:
         """Mean of u at the points of GRID, (n, G)."""
         x, row = self.rows(configs, metafeatures), self.describe(metafeatures)
-        standing = self.forests["level"].predict(x)
-        z = np.concatenate([[1.0], self.difficulty.standardised(row)])
-        linear = by_rows(self.wide(x), (z @ self.weights)[:, None])
-        level = self.difficulty(row) + standing * self.slopes[0] + linear * self.slopes[1]
+        linear = self.level_products(x, self.difficulty.standardised(row))
+        b, b_linear = self.slopes[0]
+        standing = self.forests["level"].predict(x)[:, 0]
+        level = self.difficulty(row) + b * standing + b_linear * linear
         if "shape" not in self.forests:
-            return straight(level[:, 0], self.space.max_fidelity)
-        return np.asarray(level - self.forests["shape"].predict(x))
+            return straight(level, self.space.max_fidelity)
+        return np.asarray(level[:, None] - self.forests["shape"].predict(x))
 
     def transfer(self, configs: Sequence[Config], metafeatures: Mapping[str, float]) -> Array:
         """Psi, (n, R)."""
@@ -107,10 +104,11 @@ class MetaPrior:
         """Log of the seconds of one epoch, (n,); zeros if it has never seen seconds."""
         if "seconds" not in self.forests:
             return np.zeros(len(configs))
-        x = self.rows(configs, metafeatures)
-        pace = self.pace(self.describe(metafeatures))
-        factors = by_rows(x, self.seconds_weights[:, None])
-        return np.asarray(pace + (factors + self.forests["seconds"].predict(x))[:, 0])
+        x, row = self.rows(configs, metafeatures), self.describe(metafeatures)
+        linear = self.seconds_products(x, self.pace.standardised(row))
+        a, a_linear = self.slopes[1]
+        predicted = self.forests["seconds"].predict(x)[:, 0]
+        return np.asarray(self.pace(row) + a * predicted + a_linear * linear)
 
     def finish(self, configs: Sequence[Config], metafeatures: Mapping[str, float]) -> Array:
         """P(finish), (n,), within [0.02, 0.99]."""
@@ -130,7 +128,8 @@ class MetaPrior:
         for name, linear in (("difficulty", self.difficulty), ("pace", self.pace)):
             arrays |= _arrays(name, linear)
         for name, record in (
-            ("parameters", self.parameters), ("wide", self.wide), ("narrow", self.narrow),
+            ("parameters", self.parameters), ("narrow", self.narrow),
+            ("level_products", self.level_products), ("seconds_products", self.seconds_products),
         ):  # fmt: skip
             arrays |= _arrays(name, record)
         arrays |= {name: getattr(self, name) for name in PLAIN}
@@ -193,7 +192,9 @@ def rows(
     return np.hstack([x, np.broadcast_to(task, (len(x), len(task)))])
 
 
-def _arrays(prefix: str, record: Linear | Parameters | Basis) -> dict[str, NDArray[np.generic]]:
+def _arrays(
+    prefix: str, record: Linear | Parameters | Basis | Products
+) -> dict[str, NDArray[np.generic]]:
     return {f"{prefix}/{f.name}": np.asarray(getattr(record, f.name)) for f in fields(record)}
 
 
@@ -213,7 +214,9 @@ def _parsed(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Met
         hub=None if about["hub"] is None else Hub.from_json(about["hub"]),
         descriptors=tuple(about["descriptors"]), columns=tuple(about["columns"]), forests=forests,
         difficulty=_record(Linear, "difficulty", arrays), pace=_record(Linear, "pace", arrays),
-        wide=_record(Basis, "wide", arrays), narrow=_record(Basis, "narrow", arrays),
+        narrow=_record(Basis, "narrow", arrays),
+        level_products=_record(Products, "level_products", arrays),
+        seconds_products=_record(Products, "seconds_products", arrays),
         **{name: arrays[name] for name in PLAIN},
         seconds_sd=float(about["seconds_sd"]), parameters=_record(Parameters, "parameters", arrays),
         name=str(about["name"]), card=about["card"],

@@ -42,7 +42,8 @@ def test_a_gain_is_what_going_on_with_the_best_would_not_bring(kinds, mean, best
 
 def test_an_informed_search_trains_longer_at_first_and_relies_less_on_rules():
     cold, warm = STANCES[False], STANCES[True]
-    assert rungs(50, 1, cold.first_rung) == (1, 3, 9, 27, 50)
-    assert rungs(50, 1, warm.first_rung) == (3, 9, 27, 50)
-    assert rungs(2, 1, warm.first_rung) == (2,)
+    assert rungs(50, 1, cold.first_rung(50)) == (1, 3, 9, 27, 50)
+    assert rungs(50, 1, warm.first_rung(50)) == (3, 9, 27, 50)
+    assert rungs(12, 1, warm.first_rung(12)) == (1, 3, 9, 12)
+    assert rungs(2, 1, warm.first_rung(2)) == (1, 2)
     assert warm.safety_share > cold.safety_share

@@ -1,0 +1,49 @@
+"""The priors that come with the project load, name their source and forecast runs."""
+
+import csv
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from qtt_core.errors import SpecError
+from qtt_core.hub import load_hub
+from qtt_core.shipped import NAMES, PRIORS, predict_runs, shipped
+from qtt_core.space import build_space
+
+MICRO = {"n_train": 478.0, "n_val": 160.0, "num_classes": 20.0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_prior_is_small_and_names_its_source(name):
+    prior = shipped(f"mtlbm/{name}")
+    assert "Pineda Arango" in prior.card["source"]
+    assert len(prior.card["tasks"]) == 20
+    assert sum(len(file.read_bytes()) for file in (PRIORS / name).iterdir()) < 3e6
+
+
+def test_an_unknown_prior_is_an_error_that_names_the_known_ones():
+    with pytest.raises(SpecError, match="micro"):
+        shipped("maxi")
+
+
+def test_what_real_runs_teach_is_in_the_shipped_prior():
+    """Facts of the published runs: large models cost more, a tiny learning rate reaches less."""
+    space = build_space("quicktune-v1", load_hub("timm24"), max_fidelity=50)
+    prior, base = shipped("micro"), dict(space.default())
+    small, large = ({**base, "model": name} for name in ("mobilevit_xxs", "volo_d5_448"))
+    slow, quick = prior.log_seconds([large, small], MICRO)
+    assert slow - quick > np.log(8)
+    ends = prior.trend([{**base, "lr": lr} for lr in (1e-5, 1e-3)], MICRO)[:, -1]
+    assert ends[1] > ends[0] + 0.3
+
+
+def test_every_row_of_a_table_gets_a_forecast(micro_runs):
+    found = predict_runs(micro_runs)
+    with micro_runs.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [one.run for one in found] == [row["run"] for row in rows]
+    assert all(0 <= one.score <= 1 and 0 < one.finish < 1 and one.seconds > 0 for one in found)
+    done = [i for i, row in enumerate(rows) if row["epochs_done"] == "50" and row["top1"]]
+    told = [float(rows[i]["top1"]) for i in done]
+    assert spearmanr([found[i].score for i in done], told).statistic > 0.7
