@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from qtt_operator.conditions import Truth
+from qtt_operator.job_ends import seconds
 from qtt_operator.names import RUN_UID_LABEL
 
 Condition = dict[str, Any]
@@ -92,6 +93,19 @@ def ended(found: Mapping[str, Any]) -> bool:
     )
 
 
+def told_ended(status: Mapping[str, Any]) -> float | None:
+    """When a status first said that its run is over, as seconds since 1970; None: it does not.
+
+    The end itself may be minutes older: volumes are cleaned in between. A time to live that began
+    with it could delete a run before anybody saw it Complete.
+    """
+    ends = [c for c in status.get("conditions") or () if c["type"] in TERMINAL]
+    return max(
+        (seconds(c["lastTransitionTime"]) or 0.0 for c in ends if c["status"] == "True"),
+        default=None,
+    )
+
+
 def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> Status:
     """The smallest merge patch from one status to another; {} where nothing differs."""
     patch: Status = {name: None for name in old.keys() - new.keys()}
@@ -117,6 +131,6 @@ def size_bytes(status: Mapping[str, Any]) -> int:
     return len(json.dumps(status, separators=(",", ":")).encode())
 
 
-def timestamp(seconds: float) -> str:
+def timestamp(moment: float) -> str:
     """Seconds since 1970 as the API writes times."""
-    return datetime.fromtimestamp(seconds, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.fromtimestamp(moment, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

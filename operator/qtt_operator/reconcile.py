@@ -37,10 +37,9 @@ from qtt_operator.claims import one_node_advice
 from qtt_operator.cluster import RUNS, Cluster, Object
 from qtt_operator.cluster_backend import ClusterBackend, Copies, is_recorded
 from qtt_operator.cluster_events import Events
-from qtt_operator.cluster_status import ended
+from qtt_operator.cluster_status import ended, told_ended
 from qtt_operator.conditions import Truth, of_error
 from qtt_operator.farewell import Farewell
-from qtt_operator.job_ends import seconds
 from qtt_operator.job_limit import JobLimit
 from qtt_operator.leader import LeadershipLostError
 from qtt_operator.metrics import Metrics
@@ -314,7 +313,7 @@ class Reconciler:
     async def _after_the_end(self, found: Object) -> float | None:
         """Delete a TuningRun whose time to live after its end is over."""
         ttl = found["spec"].get("ttlSecondsAfterFinished")
-        done = seconds((found.get("status") or {}).get("completionTime"))
+        done = told_ended(found.get("status") or {})
         if ttl is None or done is None:
             return None
         left = done + float(ttl) - self._clock()

@@ -55,6 +55,7 @@ def check(kube: Kube, operator: Kube, testbed: Testbed, steps: int) -> list[dict
     return events
 
 
+@pytest.mark.alone
 def test_the_example_runs_to_its_best_model(
     restricted: Kube, operator: Kube, testbed: Testbed, digits: Claim, root: Path
 ) -> None:

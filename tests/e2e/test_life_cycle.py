@@ -64,7 +64,7 @@ def test_an_evicted_run_gives_its_pods_up_at_once_and_no_attempt_is_used(
 def test_a_stopped_run_deletes_its_open_steps_and_keeps_its_results(
     restricted: Kube, simulate: Simulate
 ) -> None:
-    run = simulate(restricted, seconds=4, parallelism=2, budget={"maxSteps": 50})
+    run = simulate(restricted, seconds=12, parallelism=2, budget={"maxSteps": 50})
     run.until_told(2)
     run.until_working(2)
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "testbed"))
 
 from images import tools_folder
 
-pytestmark = pytest.mark.testbed
+pytestmark = [pytest.mark.testbed, pytest.mark.alone]
 
 SUITES = {"operator": (OPERATOR, "tests/core"), "trainer": (TRAINER, "tests/trainer")}
 SHOWN = (

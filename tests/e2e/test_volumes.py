@@ -149,6 +149,7 @@ def scored(kube: Kube) -> str:
     return str(kube.get("tuningrun", "digits")["status"]["best"].get("testScore", ""))
 
 
+@pytest.mark.alone
 def test_a_lost_ledger_is_read_from_the_volume_and_the_best_is_scored_at_last(
     restricted: Kube, operator: Kube, testbed: Testbed, digits: Claim, root: Path
 ) -> None:

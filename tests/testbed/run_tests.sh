@@ -1,6 +1,7 @@
 #!/bin/bash
 # The end-to-end tests, inside a cluster: those that leave it alone side by side, for they mostly
-# wait, then one by one those that kill what the others stand on, then what the audit log of all says.
+# wait, then one by one those that need the cores or kill what the others stand on, then what the
+# audit log of all says.
 #
 #   run_tests.sh PYTHON [option of pytest ...]
 set -uo pipefail
@@ -17,8 +18,8 @@ part() {
     *) chosen=1 failed=1 ;;
   esac
 }
-part -m "testbed and not (chaos or slow)" -n 3 --dist worksteal "$@"
-part -m "chaos and not slow" "$@"
+part -m "testbed and not (chaos or alone or slow)" -n 3 --dist worksteal "$@"
+part -m "(chaos or alone) and not slow" "$@"
 if ((chosen)); then
   [[ " $* " == *" -k"* ]] || export QTT_WHOLE_SUITE=1
   "$python" -m pytest -q -rs -p no:cacheprovider -m "testbed and slow" tests/e2e/test_least_privilege.py || failed=1
