@@ -42,6 +42,8 @@ class Stance:
     """alpha_0."""
     safety_share: int
     """Every so manieth ask follows ASHA's promotion rule: a wrong model costs little."""
+    refit: bool
+    """Whether scales are fitted to this data set; a prior's, learned on many, are better."""
     first_share: float
     """Of T, trained at once; a first epoch says little where a prior has spoken already."""
 
@@ -50,7 +52,10 @@ class Stance:
         return max(1, math.ceil(self.first_share * max_fidelity))
 
 
-STANCES = {False: Stance(0.7, 3, 0.0), True: Stance(1.0, 6, 0.05)}
+STANCES = {
+    False: Stance(cost_factor=0.7, safety_share=3, refit=True, first_share=0.0),
+    True: Stance(cost_factor=1.0, safety_share=6, refit=False, first_share=0.05),
+}
 """By whether a meta-learned prior has spoken."""
 MARGIN = math.log(1.1)
 """Going on with the configuration that just ran saves a restart: it may be 10 % worse."""
@@ -111,7 +116,7 @@ class QuickTuneRule:
         self._seed, self._options, self._fixed = seed, options, fixed_pool
         self.forecaster = Forecaster(
             evidence, seed=seed, max_fidelity=space.max_fidelity,
-            refit=options.refit != "Never",
+            refit=options.refit == "Always" or (options.refit == "Auto" and self._stance.refit),
         )  # fmt: skip
 
     # --- the choice --------------------------------------------------------------------------
