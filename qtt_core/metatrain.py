@@ -196,17 +196,27 @@ def _fit_all(table: _Table, keep: NDArray[np.bool_], seed: int, trees: int) -> _
     """Everything that is fitted to some of the rows; a forest is None where it saw nothing."""
     tasks = sorted(set(table.task[keep]))
     ended = keep & table.ended
-    middle = _by_task(table.end, table.task, ended, tasks)
+    middle = _by_task(table.end, ended, table.task)
     paced = keep & np.isfinite(table.log_seconds)
-    pace = _by_task(table.log_seconds, table.task, paced, tasks)
-    relative = table.log_seconds - pace[table.task]
+    pace = _by_task(table.log_seconds, paced, table.task)
+    relative = _centred(table.log_seconds, paced, table.task)
     difficulty = fit_linear(table.described[tasks], middle[tasks])
     rate = fit_linear(table.described[tasks], pace[tasks])
     below = keep & np.isfinite(table.below).all(axis=1)
     forests: dict[str, Forest | None] = {
         "level": _forest(table, ended, table.standing, seed, trees, 3),
         "shape": _forest(table, below, table.below, seed, trees, 5),
-        "seconds": _seconds_forest(table, paced, relative, seed, trees),
+        # nearly a look-up table: every column at every split, every row in every tree
+        "seconds": _forest(
+            table,
+            paced,
+            relative,
+            seed,
+            trees,
+            1 + int(paced.sum()) // SECONDS_ROWS_A_LEAF,
+            columns=1.0,
+            bootstrap=False,
+        ),
         "finish": None,
     }
     known = keep & np.isfinite(table.finished)
@@ -227,35 +237,35 @@ def _products(table: _Table, keep: NDArray[np.bool_], y: Array, level: Linear) -
 
 
 def _forest(
-    table: _Table, keep: NDArray[np.bool_], y: Array, seed: int, trees: int, leaf: int
+    table: _Table,
+    keep: NDArray[np.bool_],
+    y: Array,
+    seed: int,
+    trees: int,
+    leaf: int,
+    *,
+    columns: float = 0.6,
+    bootstrap: bool = True,
 ) -> Forest | None:
     if not keep.any():
         return None
-    return fit_forest(table.x[keep], y[keep], seed=seed, trees=trees, leaf=leaf)
-
-
-def _seconds_forest(
-    table: _Table, keep: NDArray[np.bool_], y: Array, seed: int, trees: int
-) -> Forest | None:
-    """Nearly a look-up table: every column at every split, every row in every tree."""
-    if not keep.any():
-        return None
-    leaf = 1 + int(keep.sum()) // SECONDS_ROWS_A_LEAF
     return fit_forest(
-        table.x[keep], y[keep], seed=seed, trees=trees, leaf=leaf, columns=1.0, bootstrap=False
-    )
+        table.x[keep], y[keep], seed=seed, trees=trees, leaf=leaf, columns=columns,
+        bootstrap=bootstrap,
+    )  # fmt: skip
 
 
-def _by_task(
-    values: Array, task: NDArray[np.intp], keep: NDArray[np.bool_], tasks: Sequence[int]
-) -> Array:
+def _by_task(values: Array, keep: NDArray[np.bool_], task: NDArray[np.intp]) -> Array:
     """Mean of each task, (all tasks,); NaN where it has no row."""
     found = np.full(int(task.max()) + 1, np.nan)
-    for i in tasks:
-        mine = keep & (task == i)
-        if mine.any():
-            found[i] = values[mine].mean()
+    for i in np.unique(task[keep]):
+        found[i] = values[keep & (task == i)].mean()
     return found
+
+
+def _centred(values: Array, keep: NDArray[np.bool_], task: NDArray[np.intp]) -> Array:
+    """Less the mean of each data set; NaN where not kept."""
+    return np.where(keep, values - _by_task(values, keep, task)[task], np.nan)
 
 
 # --- data sets never seen --------------------------------------------------------------------
@@ -325,14 +335,6 @@ def _slopes(predicted: Array, y: Array, known: NDArray[np.bool_], task: NDArray[
         return np.full(predicted.shape[1], 0.5)
     x = np.stack([_centred(column, keep, task) for column in predicted.T], axis=1)
     return np.asarray(nnls(x[keep], _centred(y, keep, task)[keep])[0])
-
-
-def _centred(values: Array, keep: NDArray[np.bool_], task: NDArray[np.intp]) -> Array:
-    """Less the mean of each data set; NaN where not kept."""
-    found = np.where(keep, values, np.nan)
-    for i in np.unique(task[keep]):
-        found[task == i] -= np.nanmean(found[task == i])
-    return found
 
 
 def _deviation(error: Array) -> float:

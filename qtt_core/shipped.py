@@ -50,15 +50,18 @@ def predict_runs(path: Path, prior: MetaPrior | None = None) -> list[RunForecast
     `micro` if none is given. Raises: OSError; SpecError for a file of another layout.
     """
     prior = prior or shipped("micro")
-    forecasts = []
-    for one in read_runs(path):
-        squash = squash_of(one.metafeatures)
-        u = prior.trend([one.config], one.metafeatures)[:, -1]
-        forecasts.append(
-            RunForecast(
-                run=one.run, dataset=one.dataset, score=float(squash.to_score(u)[0]),
-                seconds=float(np.exp(prior.log_seconds([one.config], one.metafeatures))[0]),
-                finish=float(prior.finish([one.config], one.metafeatures)[0]),
-            )
-        )  # fmt: skip
-    return forecasts
+    runs = read_runs(path)
+    forecasts: dict[int, RunForecast] = {}
+    for dataset in dict.fromkeys(one.dataset for one in runs):
+        at = [i for i, one in enumerate(runs) if one.dataset == dataset]
+        features = runs[at[0]].metafeatures
+        configs = [runs[i].config for i in at]
+        score = squash_of(features).to_score(prior.trend(configs, features)[:, -1])
+        seconds = np.exp(prior.log_seconds(configs, features))
+        finish = prior.finish(configs, features)
+        for k, i in enumerate(at):
+            forecasts[i] = RunForecast(
+                run=runs[i].run, dataset=dataset, score=float(score[k]),
+                seconds=float(seconds[k]), finish=float(finish[k]),
+            )  # fmt: skip
+    return [forecasts[i] for i in range(len(runs))]

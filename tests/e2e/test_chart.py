@@ -17,6 +17,7 @@ import yaml
 from ledger_reader import epochs_of, events_of, faults, of_kind
 from manifests import namespace
 from real_cluster import Kube, Object, RefusedError, Testbed, command, until
+from rights import Right, granted_by, right
 
 pytestmark = [pytest.mark.testbed, pytest.mark.chaos]
 
@@ -170,36 +171,22 @@ def check_policies(release: Release) -> None:
     assert {6379, 443} <= reached
 
 
-def verbs_seen(testbed: Testbed, since: int) -> set[tuple[str, str, str]]:
-    """(group, resource, verb) that the chart's account was allowed; a refusal fails the test."""
+def verbs_seen(testbed: Testbed, since: int) -> set[Right]:
+    """What the chart's account was allowed; a refusal fails the test."""
     log = testbed.audit()[since:]
     mine = [e for e in log if e["user"]["username"] == ACCOUNT and "objectRef" in e]
     assert [e for e in mine if e.get("responseStatus", {}).get("code") == 403] == []
-    return {
-        (
-            e["objectRef"].get("apiGroup", ""),
-            "/".join(filter(None, (e["objectRef"]["resource"], e["objectRef"].get("subresource")))),
-            e["verb"],
-        )
-        for e in mine
-    }
+    return {right(event) for event in mine}
 
 
-def granted(kube: Kube) -> set[tuple[str, str, str]]:
+def granted(kube: Kube) -> set[Right]:
     """What the chart's roles allow."""
     root = "/apis/rbac.authorization.k8s.io/v1"
     roles = (
         kube.api.get(f"{root}/clusterroles/{RELEASE}"),
         kube.api.get(f"{root}/namespaces/{HOME}/roles/{RELEASE}-lease"),
     )
-    return {
-        (group, resource, verb)
-        for role in roles
-        for rule in role["rules"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-        for verb in rule["verbs"]
-    }
+    return granted_by(roles)
 
 
 def violations(testbed: Testbed, *namespaces: str) -> set[str]:

@@ -14,15 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 from real_cluster import Object, Testbed, command
+from rights import Right, granted_by, right
 
 pytestmark = [pytest.mark.testbed, pytest.mark.slow]  # slow: none of the parts before may run it
 
 ACCOUNT = "quicktune-operator"
 WHOLE = bool(os.environ.get("QTT_WHOLE_SUITE"))
 VIOLATIONS = "pod-security.kubernetes.io/audit-violations"
-
-Right = tuple[str, str, str]
-"""(group, resource or resource/subresource, verb)."""
 
 
 def requests(testbed: Testbed) -> Iterator[Object]:
@@ -35,13 +33,6 @@ def requests(testbed: Testbed) -> Iterator[Object]:
             name = event["user"].get("username", "")
             if name.startswith("system:serviceaccount:") and name.endswith(f":{ACCOUNT}"):
                 yield event
-
-
-def right(event: Object) -> Right:
-    """What a request needs."""
-    about = event["objectRef"]
-    parts = (about["resource"], about.get("subresource"))
-    return about.get("apiGroup", ""), "/".join(filter(None, parts)), event["verb"]
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +56,7 @@ def granted(root: Path) -> set[Right]:
         and item["metadata"]["name"] in {ACCOUNT, f"{ACCOUNT}-lease"}
     ]
     assert len(roles) == 2
-    return {
-        (group, resource, verb)
-        for role in roles
-        for rule in role["rules"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-        for verb in rule["verbs"]
-    }
+    return granted_by(roles)
 
 
 def test_nothing_that_the_operator_asked_for_is_missing_from_its_role(
