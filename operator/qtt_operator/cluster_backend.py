@@ -283,9 +283,11 @@ class ClusterBackend:
         pending = not running and not job_ends.is_suspended(job)
         memory.pending_since = (memory.pending_since or now) if pending else None
         unread = job_ends.finished(job) and not any(map(job_ends.terminated, pods))
-        if unread and memory.finished_since is None:
-            memory.finished_since = now
-            self.wake_after(job_ends.UNREAD_SECONDS + SOON_SECONDS)
+        if unread:  # asked for in every turn: an earlier wake takes the place of a later one
+            memory.finished_since = memory.finished_since or now
+            left = memory.finished_since + job_ends.UNREAD_SECONDS - now
+            if left > 0:
+                self.wake_after(left + SOON_SECONDS)
         for pod in pods:
             if job_ends.is_deleting(pod) and job_ends.terminated(pod) is None:
                 self.wake_after(self.settings.node_lost_grace_seconds + SOON_SECONDS)

@@ -16,6 +16,7 @@ import redis
 
 from qtt_core.ledger.events import Cancel, Close, Done, Event, Note, Open, Retry
 from qtt_core.results import EXIT_CODES, State, StepResult
+from qtt_operator import cluster_backend, job_ends
 from qtt_operator.cluster import CLAIMS, RUNS, Object
 from qtt_operator.names import OPEN_ANNOTATION
 from qtt_operator.redis_ledger import RedisLedger
@@ -186,6 +187,34 @@ def test_a_job_deleted_by_hand_is_retried_as_a_new_attempt(redis_store: Embedded
 
     only_once(events)
     assert [e.reason for e in events if isinstance(e, Retry)] == ["Vanished"]
+
+
+def test_a_failed_job_whose_pod_nobody_saw_end_is_retried_although_it_changes_again(
+    redis_store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """News that come while the wait is on must not be what ends it: nothing else may follow."""
+    monkeypatch.setattr(job_ends, "UNREAD_SECONDS", 0.5)
+    monkeypatch.setattr(cluster_backend, "SOON_SECONDS", 0.05)
+
+    async def scenario(cluster: FakeCluster, operator: FakeOperator) -> None:
+        cluster.answer = lambda pod: (
+            cluster.succeed(pod) if document_of(pod)[0] == "prepare" else None
+        )
+        await operator.until(lambda: len(cluster.pods()) == 2)
+        (job,) = (job for job in cluster.jobs() if document_of(job)[0] == "step")
+        (pod,) = (pod for pod in cluster.pods() if document_of(pod)[0] == "step")
+        failed = {"conditions": [{"type": "Failed", "status": "True"}]}
+        cluster.change({**job, "status": failed}, "jobs")
+        cluster.remove(pod, "pods")
+        await asyncio.sleep(0.2)
+        cluster.change({**job, "status": {**failed, "failed": 1}}, "jobs")
+        cluster.answer = cluster.succeed
+        await operator.until(lambda: operator.is_true("Complete"), seconds=4.0)  # resync: 5
+
+    _, events = play(redis_store, scenario, parallelism=1)
+
+    only_once(events)
+    assert len([e for e in events if isinstance(e, Retry)]) == 1
 
 
 def test_a_suspended_job_uses_no_attempt(redis_store: EmbeddedStore) -> None:
