@@ -14,7 +14,7 @@ from value_sets import VALUES, Object, of_kind, one
 
 Render = Callable[..., list[Object]]
 
-THEIRS = "ServiceMonitor,PrometheusRule"
+THEIRS = "ServiceMonitor,PodMonitor,PrometheusRule"
 """Kinds that Kubernetes does not describe; promtool checks the rules."""
 
 
@@ -210,6 +210,21 @@ def test_monitoring_objects_need_the_api_and_the_wish(
     assert of_kind(render("default"), "ServiceMonitor") == []
     assert len(of_kind(render("monitored"), "ServiceMonitor")) == 1
     assert len(of_kind(render("monitored"), "PrometheusRule")) == 1
+
+
+def test_a_pod_monitor_finds_the_port_and_the_pods(render: Render) -> None:
+    objects = render("everything")
+    (monitor,) = of_kind(objects, "PodMonitor")
+    (deployment,) = of_kind(objects, "Deployment")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    template = deployment["spec"]["template"]
+    (operator,) = template["spec"]["containers"]
+
+    wanted = monitor["spec"]["selector"]["matchLabels"]
+    assert wanted.items() <= template["metadata"]["labels"].items()
+    assert endpoint["port"] in {port["name"] for port in operator["ports"]}
+    assert (endpoint["interval"], endpoint["honorLabels"]) == ("15s", True)
+    assert monitor["metadata"]["labels"]["team"] == "ml"
 
 
 def test_what_must_outlive_the_release_is_kept(render: Render) -> None:

@@ -90,6 +90,10 @@ REFUSED: dict[str, tuple[Object, str]] = {
     "no call of the API": ({"api": {"qps": 0}}, "qps"),
     "a port of root's": ({"metrics": {"port": 80}}, "port"),
     "an interval without a unit": ({"metrics": {"serviceMonitor": {"interval": "30"}}}, "interval"),
+    "two monitors of the same pods": (
+        {"metrics": {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}}},
+        "metrics.podMonitor",
+    ),
     "a lease of a second": ({"leaseSeconds": 1}, "leaseSeconds"),
     "a variable from a Secret": (
         {"extraEnv": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}]},

@@ -52,6 +52,7 @@ VALUES: Mapping[str, Object] = {
             "jobTTLSeconds": 10_000_000,
         },
         "optimizer": {"priorsClaim": "priors", "external": ["grid"]},
+        "metrics": {"podMonitor": {"enabled": True, "interval": "15s", "labels": {"team": "ml"}}},
         "limits": {"maxParallelism": 16},
         "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "4Gi"}},
         "nodeSelector": {"kubernetes.io/os": "linux"},

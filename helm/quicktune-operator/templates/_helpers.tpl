@@ -105,4 +105,7 @@ redis://quicktune@{{ include "quicktune.fullname" . }}-redis.{{ .Release.Namespa
 {{- if and (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) -}}
 {{- fail "serviceAccount.create is false: name one in serviceAccount.name" -}}
 {{- end -}}
+{{- if and .Values.metrics.serviceMonitor.enabled .Values.metrics.podMonitor.enabled -}}
+{{- fail "metrics.serviceMonitor and metrics.podMonitor would scrape every pod twice: enable one" -}}
+{{- end -}}
 {{- end -}}
