@@ -52,11 +52,11 @@ def picture_set(number: int) -> PictureSet:
     """The data set of that number. Families take turns; all else is drawn."""
     rng = np.random.default_rng([number, 1])
     family = sorted(FAMILIES)[number % len(FAMILIES)]
-    classes = int(rng.choice([2, 3, 4, 5, 6, 8, 10, 10]))
-    train = max(int(np.exp(rng.uniform(math.log(80), math.log(240)))), 12 * classes)
+    classes = int(rng.choice([2, 3, 4, 5, 6, 8, 10]))
+    train = max(int(np.exp(rng.uniform(math.log(70), math.log(180)))), 10 * classes)
     return PictureSet(
         number=number, family=family, classes=classes, train=train,
-        val=max(50, train // 3), side=int(rng.choice([8, 12, 16, 20, 28])),
+        val=max(45, train // 3), side=int(rng.choice([8, 12, 16, 20, 28])),
         noise=float(rng.choice([0.01, 0.03, 0.08])),
         jitter=float(rng.choice([0.3, 0.6, 1.0])),
         imbalance=float(rng.choice([1, 1, 1, 2, 4])), coloured=bool(rng.random() < 0.25),

@@ -112,17 +112,17 @@ def table_of(header: Record, records: Sequence[Record], epochs: int) -> Table:
 
 
 @functools.cache
-def digits() -> Table:
+def digits(images: int) -> Table:
     """The table that `tiny_curves.py --digits` has measured so far."""
     space, _ = demo_space()
-    return table_of(*read_shard(digits_part()), space.max_fidelity)
+    return table_of(*read_shard(digits_part(images)), space.max_fidelity)
 
 
-def search(name: str, seed: int, trainings: float) -> list[float]:
+def search(name: str, seed: int, trainings: float, images: int) -> list[float]:
     """Regret at each of SHARES of the budget."""
     algorithm, warm = LINES[name]
     space, hub = demo_space()
-    task = digits()
+    task = digits(images)
     optimizer = ALGORITHMS[algorithm](
         space, seed=seed, hub=hub, metafeatures=task.metafeatures,
         prior=shipped("tiny") if warm else None, candidates=task.configs,
@@ -132,23 +132,24 @@ def search(name: str, seed: int, trainings: float) -> list[float]:
     return [task.best - path.at(share * total) for share in SHARES]
 
 
-def place(name: str, seed: int, trainings: float) -> Path:
+def place(name: str, seed: int, trainings: float, images: int) -> Path:
     """Where a finished search is kept; another prior, table or optimizer is another place."""
     files = [*(ROOT / "qtt_core").glob("*.py"), *(ROOT / "qtt_core/data/priors/tiny").iterdir()]
-    content = b"".join(path.read_bytes() for path in sorted(files)) + digits_part().read_bytes()
+    files.append(digits_part(images))
+    content = b"".join(path.read_bytes() for path in sorted(files))
     digest = hashlib.sha256(content).hexdigest()[:8]
     return OUT / "tiny_prior" / f"{name}-{trainings:g}-{seed}-{digest}.json"
 
 
-def report(names: Sequence[str], seeds: Sequence[int], trainings: float) -> None:
+def report(names: Sequence[str], seeds: Sequence[int], trainings: float, images: int) -> None:
     """Means over the seeds, their standard errors, and the ratio to random search at the end."""
-    found = {name: [place(name, seed, trainings) for seed in seeds] for name in names}
+    found = {name: [place(name, seed, trainings, images) for seed in seeds] for name in names}
     tables = {
         name: np.array([json.loads(path.read_text()) for path in paths])
         for name, paths in found.items()
         if all(path.exists() for path in paths)
     }
-    task = digits()
+    task = digits(images)
     total = trainings * task.full_training
     print(
         f"{len(task.configs)} configurations, best top-1 {task.best:.4f}; "
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--ship", action="store_true", help="write the shipped prior, no table")
     parser.add_argument("--seeds", type=int, default=10, metavar="N", help="seeds 0 … N-1")
     parser.add_argument("--trainings", type=float, default=16.0, metavar="N", help="the budget")
+    parser.add_argument("--images", type=int, default=0, metavar="N", help="of the table (all)")
     parser.add_argument("--report", action="store_true", help="run nothing")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -183,11 +185,11 @@ def main() -> None:
         return
     for seed in range(asked.seeds) if not asked.report else ():
         for name in LINES:
-            file = place(name, seed, asked.trainings)
+            file = place(name, seed, asked.trainings, asked.images)
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(search(name, seed, asked.trainings)))
-    report(list(LINES), range(asked.seeds), asked.trainings)
+                file.write_text(json.dumps(search(name, seed, asked.trainings, asked.images)))
+    report(list(LINES), range(asked.seeds), asked.trainings, asked.images)
 
 
 if __name__ == "__main__":
