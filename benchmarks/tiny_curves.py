@@ -49,6 +49,9 @@ WORK = OUT / "tiny_curves"
 EPOCHS = 6
 """Of a full training on made-up pictures."""
 
+ENDS = ("ok", "diverged", "oom")
+"""Of a run that says something about its configuration."""
+
 Record = dict[str, Any]
 
 
@@ -91,7 +94,10 @@ def train(job: JobDocument, folder: Path) -> Record:
     """One configuration from its first epoch to its last: scores, CPU-seconds, how it ended."""
     ended: list[float] = []
     result = run_command("step", job, folder, ended)
-    shutil.rmtree(Path(job.paths.root) / "runs" / job.run_uid / str(job.config_id), True)
+    if result["state"] not in ENDS:
+        sys.exit(f"the trainer failed: {result['state']}, {result['reason']}; {dict(job.config)}")
+    run = layout.run_folder(job.paths.root, job.run_uid)
+    shutil.rmtree(layout.config_folder(run, job.config_id).path)
     later = np.diff(ended)  # the first epoch holds the start as well
     pace = float(np.median(later)) if len(later) else None
     seconds = [] if pace is None else [pace, *later.tolist()]
@@ -128,14 +134,21 @@ def draw(space: SearchSpace, count: int, seed: int, *, keen: bool) -> list[Confi
     return [space.default(), *chosen]
 
 
+def whole_lines(part: Path) -> list[str]:
+    """The lines of a part; one that was being written when all ended is cut off."""
+    text = part.read_text() if part.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        part.write_text(whole)
+    return whole.splitlines()
+
+
 def train_all(
     data: Path, part: Path, space: SearchSpace, hub: Hub, *, configs: int, seed: int, keen: bool
 ) -> None:
     """Append what is missing to a part: the header first, then one line a run."""
-    import dataclasses
-
     drawn = draw(space, configs, seed, keen=keen)
-    have = part.read_text().splitlines() if part.exists() else []
+    have = whole_lines(part)
     with tempfile.TemporaryDirectory() as name, part.open("a") as out:
         folder = Path(name)
         shared = job_of(data, folder, space, hub, seed)

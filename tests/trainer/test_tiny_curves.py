@@ -74,6 +74,7 @@ def test_a_stopped_table_goes_on_where_it_was(curves, small, tmp_path):
     curves.write_pictures(small, tmp_path / "data")
     curves.train_all(tmp_path / "data", part, space, hub, configs=1, seed=4, keen=True)
     first = part.read_text()
+    part.write_text(first + '{"config": {"am')  # killed while it wrote
     curves.train_all(tmp_path / "data", part, space, hub, configs=2, seed=4, keen=True)
     assert part.read_text().startswith(first)
     header, records = curves.read_shard(part)
