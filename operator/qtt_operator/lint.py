@@ -18,7 +18,7 @@ from qtt_core.errors import Fault, SpecError
 from qtt_core.fields import raise_faults
 from qtt_core.hub import Hub, load_hub, read_hub, select
 from qtt_core.space import SearchSpace, build_space, custom_space
-from qtt_core.spec import Reference, TuningRun
+from qtt_core.spec import Reference, Search, TuningRun
 from qtt_core.steps import Config, digest
 from qtt_operator.abilities import not_installed, unreadable
 from qtt_operator.manifest_file import read_manifest, scan_manifest
@@ -109,7 +109,7 @@ def lint_file(path: Path, mounts: Mapping[str, Path] | None = None) -> LintRepor
         advice=(
             *spec.check_spec(run),
             *not_installed(run),  # no fault: the manifest may be meant for a cluster
-            *(_space_advice(checked) if checked else ()),
+            *(_space_advice(checked, beside) if checked else ()),
         ),
         notes=tuple(local_notes(run, beside, mounts or {})),
         checked=None if faults else checked,
@@ -132,21 +132,21 @@ def choose_hub(run: TuningRun, beside: Path) -> Hub:
 
     Raises: SpecError.
     """
-    search = run.spec.search
-    if search.hub_ref is None:
-        hub = load_hub(search.hub)
-    else:
-        text = reference_text(_HUB_REF, search.hub_ref, beside)
-        hub = read_hub(search.hub_ref.name, text)
-    limits = search.model_limits
+    search, limits = run.spec.search, run.spec.search.model_limits
     return select(
-        hub,
+        _whole_hub(search, beside),
         models=search.models,
         max_params=limits.max_params,
         max_gmacs=limits.max_gmacs,
         licences=limits.licences,
         image_size=run.spec.dataset.image_size,
     )
+
+
+def _whole_hub(search: Search, beside: Path) -> Hub:
+    if search.hub_ref is None:
+        return load_hub(search.hub)
+    return read_hub(search.hub_ref.name, reference_text(_HUB_REF, search.hub_ref, beside))
 
 
 def choose_space(
@@ -295,7 +295,7 @@ def _overrides_only(faults: Sequence[Fault]) -> bool:
     return all(fault.field.startswith("spec.search.overrides") for fault in faults)
 
 
-def _space_advice(checked: CheckedRun) -> list[Fault]:
+def _space_advice(checked: CheckedRun, beside: Path) -> list[Fault]:
     """Settings without effect, repeated configurations, models that the image size removed."""
     run, space = checked.run, checked.space
     search = run.spec.search
@@ -313,18 +313,25 @@ def _space_advice(checked: CheckedRun) -> list[Fault]:
         ]
         if config in checked.initial[:i]:
             found.append(Fault(where, dict(raw), "repeats an earlier one; asked once"))
-    return found + _size_advice(run, checked.hub)
+    return found + _hub_advice(run, _whole_hub(search, beside))
 
 
-def _size_advice(run: TuningRun, hub: Hub) -> list[Fault]:
+def _hub_advice(run: TuningRun, hub: Hub) -> list[Fault]:
+    """What the run leaves out of a whole hub, or seems to."""
     size, search = run.spec.dataset.image_size, run.spec.search
-    if size is None or search.hub_ref is not None:
-        return []
-    lost = [card.name for card in load_hub(search.hub).cards if not card.fits(size)]
-    if not lost or search.models:
-        return []
-    text = f"leaves out models whose weights load at their own size only: {', '.join(lost)}"
-    return [Fault("spec.dataset.imageSize", size, text)]
+    known = {card.licence.lower() for card in hub.cards}
+    listed = ", ".join(sorted(known - {""})) or "not given"
+    named = f"no model of hub {hub.name} has it; their licences are {listed}"
+    found = [
+        Fault(f"spec.search.modelLimits.licences[{i}]", licence, named)
+        for i, licence in enumerate(search.model_limits.licences)
+        if licence.lower() not in known
+    ]
+    lost = [card.name for card in hub.cards if not card.fits(size)]
+    if lost and not search.models:
+        text = f"leaves out models whose weights load at their own size only: {', '.join(lost)}"
+        found.append(Fault("spec.dataset.imageSize", size, text))
+    return found
 
 
 def _mount_faults(mounts: Mapping[str, Path]) -> list[Fault]:

@@ -371,6 +371,10 @@ def test_overrides_of_a_space_of_ones_own_are_refused(write: Write) -> None:
             "spec.search.initialConfigs[1]",
         ),
         ("  optimizer: {refit: Never}\n", "spec.optimizer.refit"),
+        (
+            "  search: {space: native, modelLimits: {licences: [MIT, gpl]}}\n",
+            "spec.search.modelLimits.licences[1]",
+        ),
     ],
 )
 def test_settings_without_effect_are_advised_against(spec: str, advised: str, write: Write) -> None:

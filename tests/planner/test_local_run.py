@@ -13,6 +13,8 @@ import pytest
 import yaml
 from ConfigSpace import ConfigurationSpace, Float
 
+from qtt_core.hub import load_hub
+
 HERE = Path(__file__).parent
 QTT = (sys.executable, "-m", "qtt_operator")
 DEADLINE = 60.0
@@ -196,6 +198,37 @@ def test_a_runner_killed_again_and_again_ends_with_the_undisturbed_sequence(
     keys = [(event["c"], event["to"]) for event in runner.ledger() if event["k"] == "done"]
     assert len(keys) == len(set(keys)) == 6
     assert len(runner.trained()) == len(set(runner.trained())), "a committed step was trained again"
+
+
+def test_what_the_user_knows_holds_over_a_kill(make_runner):
+    """Named configurations first and in order, narrowed choices and a cut hub ever after."""
+    runner = make_runner(
+        search={
+            "space": "native", "hub": "tiny", "poolSize": 12,
+            "modelLimits": {"maxParams": 400_000},
+            "overrides": {"opt": "sgd,adamw", "drop": "0.2"},
+            "initialConfigs": [{"lr": "0.01", "opt": "sgd"}, {"lr": "0.0005"}, {"lr": "0.005"}],
+        },
+        optimizer={"algorithm": "ASHA", "seed": 5, "costAware": False},
+        budget={"maxSteps": 9},
+    )  # fmt: skip
+    small = {card.name for card in load_hub("tiny").cards if card.params <= 400_000}
+    assert 0 < len(small) < len(load_hub("tiny").cards)
+    process = runner.start(seconds_per_epoch=0.1)
+    wait_for(process, "[step 2 of 9")
+    process.kill()
+    process.wait(timeout=DEADLINE)
+
+    code, _, err = runner.run()
+
+    assert code == 0, err
+    header, *events = runner.ledger()
+    configs = [header["configs"][e["c"]] for e in events if e["k"] == "open" and e["c"].isdigit()]
+    assert [c["lr"] for c in configs[:3]] == [0.01, 0.0005, 0.005]
+    assert {c["model"] for c in configs} <= small
+    assert {c["opt"] for c in configs} <= {"sgd", "adamw"}
+    assert {c["drop"] for c in configs} == {0.2}
+    assert sum(e["k"] == "done" for e in events) == 9
 
 
 def test_a_killed_trainer_costs_one_attempt_and_the_sequence_stays(make_runner, undisturbed):
