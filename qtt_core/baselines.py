@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from qtt_core.hub import Hub
 from qtt_core.pool import generator
-from qtt_core.steps import BudgetView
+from qtt_core.steps import BudgetView, Config
 from qtt_core.trials import Trial, Trials, next_rung, rungs
 
 ETA = 3
@@ -21,11 +21,15 @@ ETA = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A rule's answer: train `config_id` up to `fidelity_to`; the rest explains why."""
+    """A rule's answer: train `config_id` up to `fidelity_to`; the rest explains why.
+
+    `config`: a candidate that the book does not have yet, under the id `trials.next_id`.
+    """
 
     config_id: int
     fidelity_to: int
     rule: str
+    config: Config | None = None
     mean: float | None = None
     sd: float | None = None
     p_finish: float | None = None
@@ -101,7 +105,7 @@ class SuccessiveHalving:
             choice = self._in_bracket(trials, candidates[start : start + size], levels)
             if choice is not None:
                 return choice
-        return None if trials.pending() else _longest(trials)
+        return None if trials.pending() else best_unfinished(trials)
 
     def _in_bracket(
         self, trials: Trials, bracket: Sequence[Trial], levels: Sequence[int]
@@ -139,7 +143,7 @@ class ASHA:
             None,
         )
         if fresh is None:
-            return _longest(trials)
+            return best_unfinished(trials)
         end = rungs(trials.max_fidelity, trials.step)[0]
         return Choice(config_id=fresh.config_id, fidelity_to=end, rule="asha, first rung")
 
@@ -196,7 +200,7 @@ def promotion(trials: Trials, first: int = 1) -> Choice | None:
     return None
 
 
-def _longest(trials: Trials) -> Choice | None:
+def best_unfinished(trials: Trials) -> Choice | None:
     """No fresh candidate is left: go on with the best of those that can be trained."""
     started = [t for t in trials.trainable() if t.t > 0]
     if not started:

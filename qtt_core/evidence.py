@@ -30,7 +30,7 @@ class Evidence:
     ) -> None:
         self.encoder, self.beliefs = encoder, beliefs
         self.squash = squash_of(metafeatures)
-        self._memos: dict[str, dict[int, Array]] = {}
+        self._memos: dict[str, dict[int, tuple[Config, Array]]] = {}
         self._costs: tuple[int, CostModel] | None = None
 
     def rows(self, trials: Sequence[Trial]) -> Array:
@@ -81,16 +81,17 @@ class Evidence:
     ) -> Array | None:
         """A pure function of configurations, computed once for each; None where it knows nothing.
 
-        Asked of all candidates at every ask: a prior's trees are too slow for that.
+        Asked of all candidates at every ask: a prior's trees are too slow for that. An id may come
+        to stand for another configuration, where a proposal was never opened.
         """
         memo = self._memos.setdefault(name, {})
-        missing = [trial for trial in trials if trial.config_id not in memo]
+        missing = [t for t in trials if memo.get(t.config_id, (None,))[0] is not t.config]
         if missing or not trials:
             fresh = compute([trial.config for trial in missing])
             if fresh is None:
                 return None
-            memo |= {t.config_id: row for t, row in zip(missing, fresh, strict=True)}
-        return np.array([memo[trial.config_id] for trial in trials])
+            memo |= {t.config_id: (t.config, row) for t, row in zip(missing, fresh, strict=True)}
+        return np.array([memo[trial.config_id][1] for trial in trials])
 
 
 def boundary(results: int) -> int:

@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import entry_points
 from typing import Any, Protocol
 
+from qtt_core import external
 from qtt_core.baselines import (
     ASHA,
     Choice,
@@ -35,7 +35,6 @@ from qtt_core.pool import draw, generator, initial_candidates
 from qtt_core.prior import MetaPrior
 from qtt_core.space import SearchSpace, build_space
 from qtt_core.steps import (
-    OPTIMIZER_ENTRY_POINTS,
     Abandon,
     Best,
     BudgetView,
@@ -319,7 +318,11 @@ class Optimizer:
     def _proposal(
         self, choice: Choice, steps: int | None, seconds: float | None
     ) -> Proposal | None:
-        trial = self.trials.trial(choice.config_id)
+        trial = (
+            self.trials.trial(choice.config_id)
+            if choice.config is None
+            else Trial(config_id=choice.config_id, config=choice.config)
+        )
         costs = self.evidence.costs(self.trials)
         epoch = float(self.evidence.epoch_seconds(self.trials, [trial])[0])
         wanted = choice.fidelity_to
@@ -409,7 +412,8 @@ class QuickTune(Optimizer):
 Builder = Callable[..., Optimizer]
 
 
-def _with(make_rule: RuleMaker) -> Builder:
+def from_rule(make_rule: RuleMaker) -> Builder:
+    """An optimizer around a rule of your own, called like `QuickTune`."""
     return partial(Optimizer, make_rule=make_rule)
 
 
@@ -425,12 +429,12 @@ def _paper(c: Context) -> QuickTunePaper:
 
 ALGORITHMS: Mapping[str, Builder] = {
     "QuickTune": QuickTune,
-    "QuickTunePaper": _with(_paper),
-    "Random": _with(lambda c: Random(c.seed)),
-    "FreezeThawRandom": _with(lambda c: FreezeThawRandom(c.seed)),
-    "SuccessiveHalving": _with(lambda c: SuccessiveHalving(c.seed)),
-    "ASHA": _with(lambda c: ASHA(c.seed)),
-    "Portfolio": _with(lambda c: Portfolio(c.seed, c.hub)),
+    "QuickTunePaper": from_rule(_paper),
+    "Random": from_rule(lambda c: Random(c.seed)),
+    "FreezeThawRandom": from_rule(lambda c: FreezeThawRandom(c.seed)),
+    "SuccessiveHalving": from_rule(lambda c: SuccessiveHalving(c.seed)),
+    "ASHA": from_rule(lambda c: ASHA(c.seed)),
+    "Portfolio": from_rule(lambda c: Portfolio(c.seed, c.hub)),
 }
 """Every algorithm a manifest may name, `External` apart."""
 
@@ -475,15 +479,7 @@ def _builder(setup: OptimizerSetup) -> Builder:
     if setup.algorithm != "External":
         known = ", ".join([*ALGORITHMS, "External"])
         raise OptimizerError(f"algorithm {setup.algorithm!r} is unknown; use one of {known}")
-    found = entry_points(group=OPTIMIZER_ENTRY_POINTS, name=setup.external or "")
-    if not found:
-        here = entry_points(group=OPTIMIZER_ENTRY_POINTS)
-        names = ", ".join(sorted(e.name for e in here)) or "none"
-        raise OptimizerError(
-            f"external optimizer {setup.external!r} is not installed; entry points of "
-            f"{OPTIMIZER_ENTRY_POINTS}: {names}"
-        )
-    builder: Builder = next(iter(found)).load()
+    builder: Builder = external.load(setup.external or "")
     return builder
 
 

@@ -133,6 +133,15 @@ class SearchSpace:
         self._check_allowed(values)
         return values
 
+    def compose(self, value: Callable[[Hyperparameter[Any, Any]], Scalar]) -> Config:
+        """A configuration whose every active hyperparameter was asked for, parents first.
+
+        Raises: SpecError if the combination is forbidden.
+        """
+        values = self._complete({}, value)
+        self._check_allowed(values)
+        return values
+
     def changed(
         self, config: Config, changes: Mapping[str, object], rng: np.random.Generator
     ) -> Config:

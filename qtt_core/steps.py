@@ -19,9 +19,6 @@ from qtt_core.errors import MessageError, ObservationError
 MAX_JOB_EPOCHS = 150
 """A job never covers more epochs: its termination message must fit into 4096 bytes."""
 
-OPTIMIZER_ENTRY_POINTS = "quicktune.optimizers"
-"""Group in which a user's own optimizer is found (`optimizer.algorithm: External`)."""
-
 Scalar = str | int | float | bool | None
 Config = Mapping[str, Scalar]
 """A configuration in canonical form: JSON scalars, inactive names absent, off = "none" or 0."""

@@ -82,6 +82,8 @@ class Trials:
         self.opened_count = 0
         self._started: list[int] = []
         self._recorded: set[int] = set()
+        self._added: set[int] = set()
+        """Candidates that a proposal brought."""
         self._trials: dict[int, Trial] = {}
         self._tentative: dict[int, Proposal] = {}
         self._gone: set[object] = set()
@@ -91,9 +93,13 @@ class Trials:
 
     def add(self, configs: Iterable[Config]) -> None:
         """Append candidates; ids count up from the highest known one."""
-        start = max(self._trials, default=-1) + 1
-        for config_id, config in enumerate(configs, start=start):
+        for config_id, config in enumerate(configs, start=self.next_id):
             self._trials[config_id] = Trial(config_id=config_id, config=config)
+
+    @property
+    def next_id(self) -> int:
+        """The id of a candidate that is added now."""
+        return max(self._trials, default=-1) + 1
 
     def trial(self, config_id: int) -> Trial:
         """One candidate. Raises: UnknownConfigurationError."""
@@ -139,7 +145,10 @@ class Trials:
     # --- events ------------------------------------------------------------------------------
 
     def propose(self, proposal: Proposal) -> None:
-        """Mark a proposal as asked for, not yet opened."""
+        """Mark a proposal as asked for, not yet opened; a new candidate stays if it is opened."""
+        if proposal.config_id not in self._trials:
+            self.add([proposal.config])
+            self._added.add(proposal.config_id)
         self._tentative[proposal.config_id] = proposal
         if proposal.config_id not in self._started:
             self._started.append(proposal.config_id)
@@ -155,6 +164,8 @@ class Trials:
             self._trials[config_id].pending_to = None
             if config_id not in self._recorded:
                 self._started.remove(config_id)
+                if config_id in self._added:
+                    del self._trials[config_id]
         self._tentative.clear()
 
     def open(self, proposal: Proposal) -> None:

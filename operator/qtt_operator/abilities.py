@@ -4,12 +4,10 @@ the list of installed packages; starts nothing and loads no torch.
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
-
+from qtt_core import external
 from qtt_core.errors import Fault
 from qtt_core.jobs import READABLE_CHANNELS, READABLE_FORMATS
 from qtt_core.spec import TuningRun
-from qtt_core.steps import OPTIMIZER_ENTRY_POINTS
 
 
 def unreadable(run: TuningRun) -> list[Fault]:
@@ -28,13 +26,9 @@ def unreadable(run: TuningRun) -> list[Fault]:
 
 
 def not_installed(run: TuningRun) -> list[Fault]:
-    """An optimizer of the user's own that is not installed beside us."""
+    """An external optimizer that is not installed beside us, or not all of it."""
     wanted = run.spec.optimizer.name
     if run.spec.optimizer.algorithm != "External" or wanted is None:
         return []
-    here = sorted(entry.name for entry in entry_points(group=OPTIMIZER_ENTRY_POINTS))
-    if wanted in here:
-        return []
-    known = f"known here: {', '.join(here)}" if here else "no package here has one"
-    remedy = f"install the package with this entry point of {OPTIMIZER_ENTRY_POINTS}; {known}"
-    return [Fault("spec.optimizer.name", wanted, remedy)]
+    problem = external.obstacle(wanted)
+    return [] if problem is None else [Fault("spec.optimizer.name", wanted, problem)]

@@ -18,15 +18,15 @@ from qtt_operator.settings import OperatorSettings
 def refused(run: TuningRun, settings: OperatorSettings) -> list[Fault]:
     """What this run asks for and the install does not allow, or does not have."""
     pod = run.spec.template.get("spec") or {}
-    return [*_refused(pod, settings), *(_unknown_optimizer(run, settings) or not_installed(run))]
+    return [*_refused(pod, settings), *(not_installed(run) or _not_allowed(run, settings))]
 
 
-def _unknown_optimizer(run: TuningRun, settings: OperatorSettings) -> list[Fault]:
+def _not_allowed(run: TuningRun, settings: OperatorSettings) -> list[Fault]:
     """An entry point is code in the operator's own process: an admin says which ones may run."""
     wanted, allowed = run.spec.optimizer.name, settings.external_optimizers
     if wanted is None or wanted in allowed:
         return []
-    remedy = f"is not allowed by this install; allowed: {', '.join(allowed) or 'none'}"
+    remedy = f"is installed, but not allowed here; allowed: {', '.join(allowed) or 'none'}"
     return [Fault("spec.optimizer.name", wanted, remedy)]
 
 

@@ -390,15 +390,17 @@ def test_what_an_install_does_not_allow_is_named(pod: dict[str, Any], field: str
 
 
 def test_an_optimizer_of_somebody_else_must_be_allowed_and_be_installed() -> None:
-    wanted = owner(optimizer={"algorithm": "External", "name": "grid"}).run
-    allowing = replace(SETTINGS, external_optimizers=("grid", "mine"))
+    there = owner(optimizer={"algorithm": "External", "name": "optuna-tpe"}).run
+    unknown = owner(optimizer={"algorithm": "External", "name": "grid"}).run
+    grid_only = replace(SETTINGS, external_optimizers=("grid",))
 
-    (forbidden,) = refused(wanted, replace(SETTINGS, external_optimizers=("mine",)))
-    (missing,) = refused(wanted, allowing)
+    (forbidden,) = refused(there, grid_only)
+    (missing,) = refused(unknown, grid_only)
 
     assert (forbidden.field, missing.field) == ("spec.optimizer.name",) * 2
-    assert "allowed: mine" in forbidden.expected
-    assert "install the package" in missing.expected
+    assert "is installed, but not allowed here; allowed: grid" in forbidden.expected
+    assert "known here: optuna-gp, optuna-tpe" in missing.expected
+    assert refused(there, replace(SETTINGS, external_optimizers=("optuna-tpe",))) == []
 
 
 def test_an_allowed_service_account_is_allowed() -> None:

@@ -231,6 +231,28 @@ def test_what_the_user_knows_holds_over_a_kill(make_runner):
     assert sum(e["k"] == "done" for e in events) == 9
 
 
+def test_an_optimizer_of_optuna_searches_and_goes_on_after_a_kill(make_runner):
+    """Its suggestions lie outside the pool: what was opened comes back from the ledger."""
+    runner = make_runner(
+        optimizer={"algorithm": "External", "name": "optuna-tpe", "seed": 5},
+        budget={"maxSteps": 9},
+    )
+    process = runner.start(seconds_per_epoch=0.1)
+    wait_for(process, "[step 2 of 9")
+    process.kill()
+    process.wait(timeout=DEADLINE)
+
+    code, out, err = runner.run()
+
+    assert code == 0, err
+    assert "9 of 9 steps used" in out
+    opened = [e for e in runner.ledger() if e.get("k") == "open" and e["c"].isdigit()]
+    rules = [json.loads(event["why"])["rule"] for event in opened]
+    assert rules.count("suggested by Optuna") >= 4
+    assert any(rule.startswith("asha, promoted") for rule in rules)
+    assert len(runner.trained()) == len(set(runner.trained())) == 9
+
+
 def test_a_killed_trainer_costs_one_attempt_and_the_sequence_stays(make_runner, undisturbed):
     runner = make_runner()
     process = runner.start(seconds_per_epoch=1)
