@@ -413,7 +413,7 @@ Builder = Callable[..., Optimizer]
 
 
 def from_rule(make_rule: RuleMaker) -> Builder:
-    """An optimizer around a rule of your own, called like `QuickTune`."""
+    """An optimizer around a rule of your own, called like `QuickTune`; see docs/optimizers.md."""
     return partial(Optimizer, make_rule=make_rule)
 
 
