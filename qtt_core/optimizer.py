@@ -489,7 +489,7 @@ def explain(proposal: Proposal) -> str:
     epochs = f"epochs {proposal.fidelity_from + 1}-{proposal.fidelity_to}"
     text = f"Configuration {proposal.config_id}, {epochs}: {why.rule}"
     if why.mean is not None and why.sd is not None:
-        text += f"; predicted final score {why.mean:.3f} ± {why.sd:.3f}"
+        text += f"; expected to reach {why.mean:.3f} ± {why.sd:.3f}"
     if why.p_finish is not None:
         text += f", {100 * why.p_finish:.0f} % to finish"
     if why.cost_seconds is not None and math.isfinite(why.cost_seconds):

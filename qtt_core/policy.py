@@ -1,8 +1,8 @@
-"""Quick-Tune's choice: expected improvement of the final score, chance to finish, cooled cost.
+"""Quick-Tune's choice: expected improvement of the score to come, chance to finish, cooled cost.
 
 The rule behind `ask` of the default optimizer (10-optimizer 5.5, 5.6). It reads the book,
-conditions the curve process on it, and scores every candidate at the horizon it can still reach.
-It must not remember anything that is not a memo of the told results.
+conditions the curve process on it, and scores every candidate at the epoch that it reaches by the
+next goal (`horizon`). It must not remember anything that is not a memo of the told results.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qtt_core.encoding import Array
 from qtt_core.evidence import Evidence, boundary
 from qtt_core.failure import probability_to_finish
 from qtt_core.forecast import Forecaster
+from qtt_core.horizon import horizons
 from qtt_core.pool import generator, key
 from qtt_core.space import SearchSpace
 from qtt_core.steps import BudgetView, Options
@@ -28,9 +29,7 @@ from qtt_core.trials import (
     Trials,
     is_stagnating,
     next_rung,
-    seconds_left,
     smoothed,
-    steps_left,
 )
 
 
@@ -127,7 +126,8 @@ class QuickTuneRule:
         open_ = self._open(trials, budget, scored)
         if not open_.any():
             fits = any(trials.is_trainable(t) for t in scored.trials)
-            return Stop("budget" if fits and self._limited(budget) else "exhausted")
+            limited = budget.total_seconds is not None or budget.total_steps is not None
+            return Stop("budget" if fits and limited else "exhausted")
         if self._gain_is_spent(scored, open_):
             return Stop("gain")
         share = self._stance.safety_share
@@ -154,7 +154,12 @@ class QuickTuneRule:
         rows = self._evidence.rows(every)
         costs = self._evidence.costs(trials)
         seconds = self._evidence.epoch_seconds(trials, every)
-        horizon = self._horizons(trials, every, seconds, budget, costs.measured > 0)
+        known = self._options.cost_aware and costs.measured > 0
+        horizon = horizons(
+            np.array([trial.t for trial in every], dtype=np.float64), seconds if known else None,
+            budget, max_fidelity=trials.max_fidelity, step=trials.step,
+            to_the_end=not self._options.grey_box,
+        )  # fmt: skip
         mean, sd, best = self.forecaster.predict(trials, every, horizon)
         ran = [i for i, t in enumerate(every) if t.scores or t.failure is not None]
         finish = probability_to_finish(
@@ -177,30 +182,6 @@ class QuickTuneRule:
         if budget.total_steps:
             shares.append(budget.spent_steps / budget.total_steps)
         return cooled(self._stance.cost_factor if factor is None else factor, max(shares))
-
-    def _limited(self, budget: BudgetView) -> bool:
-        return budget.total_seconds is not None or budget.total_steps is not None
-
-    def _horizons(
-        self,
-        trials: Trials,
-        every: Sequence[Trial],
-        seconds: Array,
-        budget: BudgetView,
-        measured: bool,
-    ) -> Array:
-        """Epoch that each candidate can still reach (10-optimizer 5.5); t if not one step fits."""
-        t = np.array([trial.t for trial in every], dtype=np.float64)
-        step = trials.step
-        horizon = np.full(len(every), float(trials.max_fidelity))
-        left = steps_left(budget)
-        if left is not None:
-            horizon = np.minimum(horizon, (t // step + left) * step)
-        remaining = seconds_left(budget)
-        if remaining is not None and self._options.cost_aware and measured:
-            fits = np.floor(remaining / (step * seconds))
-            horizon = np.minimum(horizon, (t // step + fits) * step)
-        return np.asarray(np.maximum(horizon, t))
 
     def _open(self, trials: Trials, budget: BudgetView, scored: Scored) -> NDArray[np.bool_]:
         """Candidates that may be proposed: trainable, within the budget, not stagnating."""

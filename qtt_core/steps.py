@@ -104,7 +104,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Why:
-    """Why a proposal was made: predicted final score, chance to finish, cost, and the rule."""
+    """Why a proposal was made: score expected at its horizon, chance to finish, cost, the rule."""
 
     rule: str
     mean: float | None = None

@@ -280,7 +280,7 @@ def test_explain_says_why():
     optimizer = make()
     play(optimizer, make_task(), 10)
     text = explain(optimizer.ask(1)[0])
-    assert "predicted final score" in text
+    assert "expected to reach" in text
     assert "% to finish" in text
     assert text.endswith(".")
 
