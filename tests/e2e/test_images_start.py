@@ -9,7 +9,10 @@ from real_cluster import Kube
 pytestmark = pytest.mark.testbed
 
 LOADS = "import sys, qtt_operator.controller; sys.exit('torch' in sys.modules)"
-WORKER = "import torch, gpytorch, sklearn, qtt_operator.optimizer_worker; print(torch.__version__)"
+WORKER = (
+    "import torch, gpytorch, sklearn, qtt_core.optuna_samplers, qtt_operator.optimizer_worker;"
+    " print(torch.__version__)"
+)
 TRAINS = "import torch, torchvision, timm; print(timm.__version__)"
 OPERATOR_MODULE = ["python", "-m", "qtt_operator"]
 STARTS = {

@@ -87,7 +87,7 @@ def test_the_wheel_holds_every_file_of_the_packages(root, wheel):
     assert {".py", ".lua", ".json", ".safetensors", "py.typed"} <= kinds
 
 
-def test_the_wheel_carries_licence_scripts_and_version(wheel):
+def test_the_wheel_carries_licence_scripts_and_optimizers(wheel):
     archive = zipfile.ZipFile(wheel)
     info = {name.rpartition("/")[2]: name for name in archive.namelist() if ".dist-info/" in name}
     scripts = archive.read(info["entry_points.txt"]).decode()
@@ -97,6 +97,8 @@ def test_the_wheel_carries_licence_scripts_and_version(wheel):
         "kubectl-qtt",
         "qtt",
         "qtt-train-step",
+        "optuna-gp",
+        "optuna-tpe",
     ]
 
 
