@@ -2,11 +2,13 @@
 
 import importlib
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from sklearn.ensemble import ExtraTreesClassifier
+
+from qtt_core.steps import canonical_json
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +99,14 @@ def test_a_failed_run_of_a_table_fails_where_it_did(curves):
     assert table.curve({"lr": 2}).diverges_at == 2
     assert table.curve({"lr": 2}).seconds == (2.0, 2.0, 2.0)
     assert table.full_training == 6
+
+
+def test_the_committed_shards_are_whole_small_and_of_the_demos_space(curves):
+    """Reading them checks every configuration against the space."""
+    paths = sorted(curves.SHARDS.glob("*.jsonl.gz"))
+    meta = importlib.import_module("tiny_prior").meta_dataset(paths)
+    made = [curves.read_shard(path)[0]["pictures"] for path in paths]
+    assert made == [asdict(curves.picture_set(number)) for number in range(len(paths))]
+    assert len(meta.configs) == 30 * len(paths)
+    assert sum(path.stat().st_size for path in paths) < 3e6
+    assert len({canonical_json(config) for config in meta.configs}) > 0.9 * len(meta.configs)
