@@ -88,8 +88,8 @@ class Evidence:
         missing = [t for t in trials if memo.get(t.config_id, (None,))[0] is not t.config]
         if missing or not trials:
             fresh = compute([trial.config for trial in missing])
-            if fresh is None:
-                return None
+            if fresh is None or not trials:
+                return fresh  # of nothing: it still has its columns
             memo |= {t.config_id: (t.config, row) for t, row in zip(missing, fresh, strict=True)}
         return np.array([memo[trial.config_id][1] for trial in trials])
 

@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 
 from qtt_core.errors import SpecError
 from qtt_core.hub import load_hub
+from qtt_core.optimizer import QuickTune
 from qtt_core.shipped import NAMES, PRIORS, predict_runs, shipped
 from qtt_core.space import build_space
 
@@ -47,3 +48,15 @@ def test_every_row_of_a_table_gets_a_forecast(micro_runs):
     done = [i for i, row in enumerate(rows) if row["epochs_done"] == "50" and row["top1"]]
     told = [float(rows[i]["top1"]) for i in done]
     assert spearmanr([found[i].score for i in done], told).statistic > 0.7
+
+
+def test_the_first_choice_among_given_candidates_follows_the_prior():
+    """Nothing was told and no default is asked first: the process conditions on nothing."""
+    hub = load_hub("timm24")
+    space = build_space("quicktune-v1", hub, max_fidelity=50)
+    base = {**space.default(), "model": "mobilevit_xs"}
+    candidates = [space.canonical({**base, "lr": lr}) for lr in (1e-5, 1e-3)]
+    optimizer = QuickTune(
+        space, seed=0, hub=hub, metafeatures=MICRO, prior=shipped("micro"), candidates=candidates
+    )
+    assert optimizer.ask(1)[0].config["lr"] == 1e-3
