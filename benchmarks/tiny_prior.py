@@ -3,6 +3,7 @@
     python benchmarks/tiny_prior.py --ship       # write the prior that comes with the project
     python benchmarks/tiny_prior.py              # Quick-Tune with and without it, ASHA, random
     python benchmarks/tiny_prior.py --report     # print what is there
+    python benchmarks/tiny_prior.py --left-out   # the same on each made-up set, left out in turn
 
 The searches are simulated on a table of real curves: `tiny_curves.py --digits N` trains N random
 configurations of the demo's space on the demo's images, each to its last epoch, with its
@@ -32,6 +33,7 @@ from tiny_curves import EPOCHS, SHARDS, Record, demo_space, digits_part, read_sh
 from qtt_core.metadataset import DIVERGED, FAILED, OK, MetaDataset
 from qtt_core.metatrain import metatrain
 from qtt_core.optimizer import ALGORITHMS
+from qtt_core.prior import MetaPrior
 from qtt_core.shipped import shipped
 from qtt_core.steps import Config, canonical_json
 from qtt_core.testing.curves import Curve, simulate
@@ -118,18 +120,36 @@ def digits(images: int) -> Table:
     return table_of(*read_shard(digits_part(images)), space.max_fidelity)
 
 
-def search(name: str, seed: int, trainings: float, images: int) -> list[float]:
-    """Regret at each of SHARES of the budget."""
+def search(
+    name: str, seed: int, trainings: float, task: Table, epochs: int, prior: MetaPrior
+) -> list[float]:
+    """Regret at each of SHARES of the budget; `prior` is for the lines that use one."""
     algorithm, warm = LINES[name]
-    space, hub = demo_space()
-    task = digits(images)
+    space, hub = demo_space(epochs)
     optimizer = ALGORITHMS[algorithm](
         space, seed=seed, hub=hub, metafeatures=task.metafeatures,
-        prior=shipped("tiny") if warm else None, candidates=task.configs,
+        prior=prior if warm else None, candidates=task.configs,
     )  # fmt: skip
     total = trainings * task.full_training
     path = simulate(optimizer, task, total_seconds=total)
     return [task.best - path.at(share * total) for share in SHARES]
+
+
+def left_out(seeds: Sequence[int], trainings: float) -> None:
+    """Mean regret on each committed set, searched with a prior that has not seen it."""
+    paths = sorted(SHARDS.glob("*.jsonl.gz"))
+    found: dict[str, list[list[float]]] = {name: [] for name in LINES}
+    for path in paths:
+        prior = metatrain(meta_dataset(other for other in paths if other != path), 0)
+        task = table_of(*read_shard(path), EPOCHS)
+        for name, kept in found.items():
+            runs = [search(name, seed, trainings, task, EPOCHS, prior) for seed in seeds]
+            kept.append(np.mean(runs, axis=0).tolist())
+        print(path.name, {name: np.round(kept[-1], 3).tolist() for name, kept in found.items()})
+    budget = ", ".join(f"{share * trainings:g}" for share in SHARES)
+    print(f"mean of {len(paths)} sets x {len(seeds)} seeds after {budget} mean full trainings")
+    for name, kept in found.items():
+        print(f"{name:24}", np.round(np.mean(kept, axis=0), 4).tolist())
 
 
 def place(name: str, seed: int, trainings: float, images: int) -> Path:
@@ -175,6 +195,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, metavar="N", help="seeds 0 … N-1")
     parser.add_argument("--trainings", type=float, default=16.0, metavar="N", help="the budget")
     parser.add_argument("--images", type=int, default=0, metavar="N", help="of the table (all)")
+    parser.add_argument("--left-out", action="store_true", help="on made-up sets instead")
     parser.add_argument("--report", action="store_true", help="run nothing")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -183,12 +204,17 @@ def main() -> None:
         prior.save(ROOT / "qtt_core/data/priors/tiny")
         print(prior.card)
         return
+    if asked.left_out:
+        left_out(range(asked.seeds), asked.trainings)
+        return
+    prior, epochs = shipped("tiny"), demo_space()[0].max_fidelity
     for seed in range(asked.seeds) if not asked.report else ():
         for name in LINES:
             file = place(name, seed, asked.trainings, asked.images)
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(search(name, seed, asked.trainings, asked.images)))
+                regret = search(name, seed, asked.trainings, digits(asked.images), epochs, prior)
+                file.write_text(json.dumps(regret))
     report(list(LINES), range(asked.seeds), asked.trainings, asked.images)
 
 
