@@ -6,7 +6,7 @@ budget and the job length. A rule reads trials and the seed and must not change 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -158,23 +158,27 @@ class Portfolio:
 
     seed: int
     hub: Hub | None = None
+    ends: Callable[[Sequence[Trial]], Sequence[float]] | None = None
+    """What a prior expects configurations to reach; None: there is none."""
     defaults_first: bool = True
 
     def choose(self, trials: Trials, budget: BudgetView) -> Choice | None:
         """A started configuration first, else the next of the order."""
         trainable = trials.trainable()
-        started = [t for t in trainable if t.t > 0]
-        accuracy = {
-            card.name: card.accuracy or 0.0 for card in (self.hub.cards if self.hub else ())
-        }
-        ranked = sorted(
-            started or trainable,
-            key=lambda t: (-accuracy.get(str(t.config.get("model")), 0.0), t.config_id),
-        )
-        if not ranked:
+        open_ = [t for t in trainable if t.t > 0] or trainable
+        if not open_:
             return None
+        worth = self._by_card(open_) if self.ends is None else self.ends(open_)
+        best = min(zip(worth, open_, strict=True), key=lambda w: (-w[0], w[1].config_id))[1]
         rule = "portfolio without a prior: order by model card"
-        return Choice(config_id=ranked[0].config_id, fidelity_to=trials.max_fidelity, rule=rule)
+        if self.ends is not None:
+            rule = "portfolio: order by the prior's final scores"
+        return Choice(config_id=best.config_id, fidelity_to=trials.max_fidelity, rule=rule)
+
+    def _by_card(self, trials: Sequence[Trial]) -> list[float]:
+        cards = self.hub.cards if self.hub is not None else ()
+        accuracy = {card.name: card.accuracy or 0.0 for card in cards}
+        return [accuracy.get(str(t.config.get("model")), 0.0) for t in trials]
 
 
 def promotion(trials: Trials, first: int = 1) -> Choice | None:

@@ -65,16 +65,23 @@ class Encoder:
 
 
 def build_encoder(
-    space: SearchSpace, hub: Hub | None = None, metafeatures: Mapping[str, float] | None = None
+    space: SearchSpace,
+    hub: Hub | None = None,
+    metafeatures: Mapping[str, float] | None = None,
+    guests: Sequence[ModelCard] = (),
 ) -> Encoder:
-    """The encoder of a space; without a hub there are no card columns."""
+    """The encoder of a space; without a hub there are no card columns.
+
+    `guests`: cards of models that the hub lacks. They are described by what cards say and move no
+    column: a family of their own has none.
+    """
     metafeatures = metafeatures or {}
     columns: list[Column] = []
     for name in space.names:
         columns += _hyperparameter(space, name, metafeatures)
     if hub is not None and "model" in space.names:
-        columns += _card_columns(hub)
-    columns += _derived(hub, metafeatures)
+        columns += _card_columns(hub, guests)
+    columns += _derived(hub, metafeatures, guests)
     columns += [
         column for name in sorted(metafeatures) for column in _metafeature(name, metafeatures)
     ]
@@ -183,9 +190,9 @@ def _number(value: object) -> float | None:
 # --- cards, derived quantities, data set --------------------------------------------------
 
 
-def _card_columns(hub: Hub) -> list[Column]:
+def _card_columns(hub: Hub, guests: Sequence[ModelCard]) -> list[Column]:
     """What the card says: two unseen models with like cards have like rows."""
-    cards = {card.name: card for card in hub.cards}
+    cards = {card.name: card for card in (*guests, *hub.cards)}
     facts: dict[str, Callable[[ModelCard], float]] = {
         "card:params": lambda card: math.log10(max(card.params, 1)) / 4 - 1.75,
         "card:gmacs": lambda card: math.log10(max(card.gmacs, 1e-6)) / 2,
@@ -215,9 +222,12 @@ def _logit(accuracy: float | None) -> float:
     return math.log(clipped / (1 - clipped))
 
 
-def _derived(hub: Hub | None, metafeatures: Mapping[str, float]) -> list[Column]:
+def _derived(
+    hub: Hub | None, metafeatures: Mapping[str, float], guests: Sequence[ModelCard]
+) -> list[Column]:
     """Head-only flag, trainable parameters, updates an epoch, learning rate per image."""
-    params = {card.name: float(card.params) for card in hub.cards} if hub is not None else {}
+    known = hub.cards if hub is not None else ()
+    params = {card.name: float(card.params) for card in (*guests, *known)}
     n_train = metafeatures.get("n_train")
 
     def trainable(config: Config) -> float:

@@ -9,6 +9,8 @@ import numpy as np
 from qtt_core.encoding import Array
 
 RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+CONSTANT = 0.02
+"""A descriptor (log-scaled) that deviates by less has taught nothing: what differs is far away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,5 +66,7 @@ def _mean(column: Array) -> float:
 
 
 def _spread(column: Array) -> float:
+    """Deviation; 1 for what hardly varies, or another data set would be many deviations away."""
     known = column[np.isfinite(column)]
-    return float(known.std()) or 1.0 if len(known) else 1.0
+    spread = float(known.std()) if len(known) else 0.0
+    return spread if spread > CONSTANT else 1.0

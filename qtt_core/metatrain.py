@@ -70,8 +70,8 @@ def metatrain(meta: MetaDataset, seed: int = 0, *, name: str = "") -> MetaPrior:
         seconds_products=models.seconds_products, narrow=basis, factor=factor,
         difficulty=models.difficulty, pace=models.pace,
         seconds_sd=_deviation(held_out.seconds_error), parameters=parameters,
-        name=name or f"{len(meta.tasks)} data sets",
-        card=_card(meta, table, held_out, seed),
+        span=np.stack([table.x.min(0), table.x.max(0)]),
+        name=name or f"{len(meta.tasks)} data sets", card=_card(meta, table, held_out, seed),
     )  # fmt: skip
 
 

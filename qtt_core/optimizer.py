@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 from qtt_core import external
@@ -25,6 +25,7 @@ from qtt_core.baselines import (
     SuccessiveHalving,
 )
 from qtt_core.beliefs import Beliefs, ColdBeliefs, WarmBeliefs
+from qtt_core.catalogue import LEARNERS, PriorRef
 from qtt_core.encoding import Encoder, build_encoder
 from qtt_core.errors import OptimizerError
 from qtt_core.evidence import Evidence
@@ -33,6 +34,7 @@ from qtt_core.paper_policy import QuickTunePaper
 from qtt_core.policy import QuickTuneRule
 from qtt_core.pool import draw, generator, initial_candidates
 from qtt_core.prior import MetaPrior
+from qtt_core.shipped import load_prior
 from qtt_core.space import SearchSpace, build_space
 from qtt_core.steps import (
     Abandon,
@@ -112,7 +114,7 @@ class Optimizer:
         self.options = options or Options()
         self.metafeatures = dict(metafeatures or {})
         self.encoder: Encoder = build_encoder(space, hub, self.metafeatures)
-        beliefs = self._beliefs(hub, prior)
+        beliefs = self._beliefs(space, hub, prior)
         self.evidence = Evidence(self.encoder, self.metafeatures, beliefs)
         fixed = candidates is not None
         self.rule = make_rule(Context(space, self.evidence, seed, hub, self.options, fixed))
@@ -121,10 +123,10 @@ class Optimizer:
         self._finished: str | None = None
         self._fill(hub, candidates)
 
-    def _beliefs(self, hub: Hub | None, prior: MetaPrior | None) -> Beliefs:
+    def _beliefs(self, space: SearchSpace, hub: Hub | None, prior: MetaPrior | None) -> Beliefs:
         learn = self.options.meta_learning
-        if prior is not None and learn:
-            return WarmBeliefs(prior=prior, metafeatures=self.metafeatures)
+        if prior is not None and learn and set(prior.space.names) & set(space.names):
+            return WarmBeliefs(prior=prior.joined(space, hub), metafeatures=self.metafeatures)
         return ColdBeliefs(hub=hub, max_fidelity=self.space.max_fidelity, meta_learning=learn)
 
     def _fill(self, hub: Hub | None, candidates: Sequence[Config] | None) -> None:
@@ -427,6 +429,13 @@ def _paper(c: Context) -> QuickTunePaper:
     )
 
 
+def _portfolio(c: Context) -> Portfolio:
+    evidence = c.evidence
+    if not evidence.beliefs.informed:
+        return Portfolio(c.seed, c.hub)
+    return Portfolio(c.seed, c.hub, lambda trials: evidence.trend(trials)[:, -1].tolist())
+
+
 ALGORITHMS: Mapping[str, Builder] = {
     "QuickTune": QuickTune,
     "QuickTunePaper": from_rule(_paper),
@@ -434,7 +443,7 @@ ALGORITHMS: Mapping[str, Builder] = {
     "FreezeThawRandom": from_rule(lambda c: FreezeThawRandom(c.seed)),
     "SuccessiveHalving": from_rule(lambda c: SuccessiveHalving(c.seed)),
     "ASHA": from_rule(lambda c: ASHA(c.seed)),
-    "Portfolio": from_rule(lambda c: Portfolio(c.seed, c.hub)),
+    "Portfolio": from_rule(_portfolio),
 }
 """Every algorithm a manifest may name, `External` apart."""
 
@@ -457,13 +466,28 @@ def setup_space(setup: OptimizerSetup) -> tuple[SearchSpace, Hub]:
 def build(setup: OptimizerSetup) -> Optimizer:
     """The optimizer that a setup describes. Raises: SpecError; OptimizerError (unknown name)."""
     space, hub = setup_space(setup)
+    prior = setup_prior(setup)
     return _builder(setup)(
         space,
         seed=setup.seed,
         hub=hub,
         metafeatures=setup.metafeatures,
         options=setup.options,
+        **({} if prior is None else {"prior": prior}),
     )
+
+
+def setup_prior(setup: OptimizerSetup) -> MetaPrior | None:
+    """The prior that a setup names, None for a cold start. Raises: as `load_prior`."""
+    if not setup.prior or setup.algorithm not in LEARNERS:
+        return None
+    return _loaded(setup.prior, setup.priors)
+
+
+@lru_cache(maxsize=4)
+def _loaded(ref: str, own: str) -> MetaPrior:
+    """Immutable, and known by its digest: runs that take turns share it."""
+    return load_prior(PriorRef.parse(ref), own)
 
 
 def replay(optimizer: Optimizer, events: Iterable[OptimizerEvent]) -> Optimizer:

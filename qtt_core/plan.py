@@ -145,7 +145,8 @@ class Identity:
     version: str
     raw_spec: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
-    """As in the event `Run`."""
+    prior: str = ""
+    """Both as in the event `Run`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

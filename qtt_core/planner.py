@@ -134,6 +134,7 @@ def _start(i: PlannerInput) -> Iterator[Action]:
             name=i.identity.name, spec_hash=i.identity.spec_hash, seed=i.identity.seed,
             algorithm=i.spec.optimizer.algorithm, version=i.identity.version,
             space_hash=i.identity.space_sha, spec=i.identity.raw_spec, files=i.identity.files,
+            prior=i.identity.prior,
         )  # fmt: skip
         yield RecordNote(event=event, key="run")
 

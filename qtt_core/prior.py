@@ -22,27 +22,28 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qtt_core.catalogue import CARD
 from qtt_core.encoding import Array, build_encoder
 from qtt_core.errors import Fault, SpecError
 from qtt_core.forest import Forest
 from qtt_core.gaussian import by_rows
 from qtt_core.hierarchy import Basis, Products
-from qtt_core.hub import Hub
-from qtt_core.linear import Linear
+from qtt_core.hub import Hub, ModelCard
+from qtt_core.linear import CONSTANT, Linear
 from qtt_core.metadataset import space_from_json, space_to_json
 from qtt_core.space import SearchSpace
-from qtt_core.steps import Config
+from qtt_core.steps import Config, Scalar
 from qtt_core.surrogate import Parameters, straight
 
 SCHEMA = 1
-WEIGHTS, CARD = "prior.npz", "card.json"
+WEIGHTS = "prior.npz"
 PLAIN = ("slopes", "factor")
 FOREST_NAMES = ("level", "shape", "seconds", "finish")
 
@@ -73,7 +74,13 @@ class MetaPrior:
     """Deviation of log seconds around the prediction, the data set's level known."""
     parameters: Parameters
     """Of the curve process on what the trend leaves unexplained."""
+    span: Array | None = None
+    """(2, D): least and greatest value of each input in what it was fitted to."""
     name: str = ""
+    guests: tuple[ModelCard, ...] = ()
+    """Models of a run that `hub` lacks; see `joined`."""
+    fillers: Mapping[str, Scalar] = field(default_factory=dict)
+    """Values of hyperparameters that a configuration of a run lacks; see `joined`."""
     card: Mapping[str, Any] = field(default_factory=dict)
     """Tasks, digests and figures on held-out data sets; for people."""
 
@@ -82,8 +89,13 @@ class MetaPrior:
         return describe(self.descriptors, metafeatures)
 
     def rows(self, configs: Sequence[Config], metafeatures: Mapping[str, float]) -> Array:
-        """Inputs of the forests: configurations of any space that shares names, and the data."""
-        return rows(self.space, self.hub, self.descriptors, configs, metafeatures)
+        """Inputs of the forests: configurations of any space that shares names, and the data.
+
+        Never outside of what it has seen: products would carry an unseen number anywhere.
+        """
+        whole = [{**self.fillers, **config} for config in configs] if self.fillers else configs
+        x = rows(self.space, self.hub, self.descriptors, whole, metafeatures, self.guests)
+        return x if self.span is None else np.clip(x, self.span[0], self.span[1])
 
     def trend(self, configs: Sequence[Config], metafeatures: Mapping[str, float]) -> Array:
         """Mean of u at the points of GRID, (n, G)."""
@@ -104,11 +116,46 @@ class MetaPrior:
         """Log of the seconds of one epoch, (n,); zeros if it has never seen seconds."""
         if "seconds" not in self.forests:
             return np.zeros(len(configs))
+        metafeatures, images = self._of_known_size(metafeatures)
         x, row = self.rows(configs, metafeatures), self.describe(metafeatures)
         linear = self.seconds_products(x, self.pace.standardised(row))
         a, a_linear = self.slopes[1]
         predicted = self.forests["seconds"].predict(x)[:, 0]
-        return np.asarray(self.pace(row) + a * predicted + a_linear * linear)
+        return np.asarray(self.pace(row) + images + a * predicted + a_linear * linear)
+
+    def _of_known_size(
+        self, metafeatures: Mapping[str, float]
+    ) -> tuple[Mapping[str, float], float]:
+        """As many images as it has seen, and the log of how many times more there are.
+
+        Where all its data sets had as many, none has taught that seconds go with images; data sets
+        of different sizes teach it themselves.
+        """
+        if self.span is None or "n_train" not in self.descriptors:
+            return metafeatures, 0.0
+        at = self.descriptors.index("n_train")
+        low, high = self.span[:, at - 2 * len(self.descriptors)]
+        times = self.describe(metafeatures)[at] - low
+        if not np.isfinite(times) or low <= 0 or high - low > CONSTANT:
+            return metafeatures, 0.0
+        return {**metafeatures, "n_train": math.expm1(low)}, float(times)
+
+    def joined(self, space: SearchSpace, hub: Hub | None) -> MetaPrior:
+        """As it speaks of runs of another space and hub, by names.
+
+        A model it has never met is described by its card. A hyperparameter that the run lacks, or
+        that has no effect there, has the default of the prior's own space.
+        """
+        known = {card.name for card in self.hub.cards} if self.hub is not None else set()
+        cards = hub.cards if hub is not None else ()
+        conditions = self.space.configspace.parent_conditions_of
+        fillers = {
+            name: value
+            for name, value in self.space.default().items()
+            if name != "model" and (name not in space.names or not conditions[name])
+        }
+        guests = tuple(card for card in cards if card.name not in known)
+        return replace(self, guests=guests, fillers=fillers)
 
     def finish(self, configs: Sequence[Config], metafeatures: Mapping[str, float]) -> Array:
         """P(finish), (n,), within [0.02, 0.99]."""
@@ -133,6 +180,7 @@ class MetaPrior:
         ):  # fmt: skip
             arrays |= _arrays(name, record)
         arrays |= {name: getattr(self, name) for name in PLAIN}
+        arrays |= {} if self.span is None else {"span": self.span}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # its stub knows no dict
         content = buffer.getvalue()
@@ -178,6 +226,7 @@ def rows(
     descriptors: Sequence[str],
     configs: Sequence[Config],
     metafeatures: Mapping[str, float],
+    guests: Sequence[ModelCard] = (),
 ) -> Array:
     """Encoded configurations beside the data set's descriptors and their missing flags, (n, .).
 
@@ -188,7 +237,7 @@ def rows(
     missing = np.isnan(described)
     task = np.concatenate([np.where(missing, 0.0, described), missing.astype(np.float64)])
     n_train = metafeatures.get("n_train", math.nan)
-    x = build_encoder(space, hub, {"n_train": n_train})(configs)
+    x = build_encoder(space, hub, {"n_train": n_train}, guests)(configs)
     return np.hstack([x, np.broadcast_to(task, (len(x), len(task)))])
 
 
@@ -217,7 +266,7 @@ def _parsed(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Met
         narrow=_record(Basis, "narrow", arrays),
         level_products=_record(Products, "level_products", arrays),
         seconds_products=_record(Products, "seconds_products", arrays),
-        **{name: arrays[name] for name in PLAIN},
+        slopes=arrays["slopes"], factor=arrays["factor"], span=arrays.get("span"),
         seconds_sd=float(about["seconds_sd"]), parameters=_record(Parameters, "parameters", arrays),
         name=str(about["name"]), card=about["card"],
     )  # fmt: skip

@@ -43,8 +43,6 @@ class Reach(enum.Enum):
 
     EVERYWHERE = ""
     CLUSTER = "○"
-    INERT = "◌"
-    """Checked, without effect in this version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

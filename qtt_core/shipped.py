@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from importlib import resources
+import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from qtt_core.errors import Fault, SpecError
+from qtt_core.catalogue import CARD, FIELD, PREFIX, SHIPPED, STAND_INS, PriorRef, shipped_names
+from qtt_core.errors import Fault, OptimizerError, SpecError
 from qtt_core.layouts import read_runs
 from qtt_core.prior import MetaPrior
 from qtt_core.surrogate import squash_of
 
-PRIORS = resources.files("qtt_core") / "data" / "priors"
-NAMES = ("micro",)
+OTHER_MACHINE_SD = 2.0
+"""Of the log of seconds: another device, another machine; one result then moves the level."""
 
 
 def shipped(name: str) -> MetaPrior:
     """The prior of that name, with or without `mtlbm/` before it.
 
-    Raises: SpecError for a name that is not among `NAMES`.
+    `mini` and `extended` are answered by `micro` until they have meta-data of their own
+    (`catalogue.STAND_INS`). Raises: SpecError for an unknown name.
     """
-    known = name.removeprefix("mtlbm/")
-    if known not in NAMES:
-        raise SpecError([Fault("prior", name, f"is not shipped; choose one of {', '.join(NAMES)}")])
-    with resources.as_file(PRIORS / known) as folder:
-        return MetaPrior.load(folder)
+    plain = name.removeprefix(PREFIX)
+    known = STAND_INS.get(plain, plain)
+    if known not in shipped_names():
+        names = ", ".join((*shipped_names(), *STAND_INS))
+        raise SpecError([Fault("prior", name, f"is not shipped; choose one of {names}")])
+    return MetaPrior.load(SHIPPED / known)
+
+
+def load_prior(ref: PriorRef, own: str | Path = "") -> MetaPrior:
+    """What a run has chosen; `own`: the folder of own priors.
+
+    A shipped prior's seconds were measured on machines unlike this one, and it knows that. Raises:
+    SpecError if it is gone or damaged; OptimizerError if it is another one than was chosen.
+    """
+    try:
+        found = MetaPrior.load(ref.folder(own))
+    except SpecError as error:
+        words = "; ".join(f"{f.value}: {f.expected}" for f in error.faults)
+        raise SpecError([Fault(FIELD, ref.name, words)]) from error
+    if hashlib.sha256((ref.folder(own) / CARD).read_bytes()).hexdigest() != ref.sha:
+        raise OptimizerError(f"prior {ref.name} was replaced while it was being loaded; try again")
+    if ref.own:
+        return found
+    return replace(found, pace=replace(found.pace, sd=max(found.pace.sd, OTHER_MACHINE_SD)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from qtt_core.catalogue import LEARNERS
 from qtt_core.errors import Fault
 from qtt_core.schema import Reach, walk
 from qtt_core.spec_schema import SPEC
@@ -172,8 +173,7 @@ def _without_effect(run: TuningRun) -> Iterator[Fault]:
             yield Fault(path, value, text)
     if optimizer.cost_factor is not None and not optimizer.cost_aware:
         yield Fault("spec.optimizer.costFactor", optimizer.cost_factor, "needs costAware: true")
-    learned = (*_TUNED, "Portfolio", "External")
-    if "spec.search.portfolio" in run.given and optimizer.algorithm not in learned:
+    if "spec.search.portfolio" in run.given and optimizer.algorithm not in LEARNERS:
         text = f"has no effect with {optimizer.algorithm}"
         yield Fault("spec.search.portfolio", run.spec.search.portfolio, text)
     if {"spec.search.hub", "spec.search.hubRef"} <= run.given:

@@ -27,7 +27,7 @@ from qtt_core.schema import (
 )
 from qtt_core.steps import MAX_JOB_EPOCHS
 
-CLUSTER, INERT = Reach.CLUSTER, Reach.INERT
+CLUSTER = Reach.CLUSTER
 
 ALGORITHMS = (
     "QuickTune",
@@ -129,11 +129,11 @@ SEARCH = section(
             "A ConfigSpace of your own, as its JSON.", "the space", "space.json"
         ),
         "portfolio": text(
-            "Meta-learned prior: Auto, tiny, micro, mini, extended, None, or a file of the "
-            "install's priors volume; none is shipped yet, every run starts cold.",
+            "Meta-learned prior: Auto (the shipped one that knows half of the hub's models, if "
+            "any), micro, mini, extended, None (a cold start), or the name of a prior on the "
+            "install's priors volume (with `qtt run`: in `--priors`).",
             63,
             default="Auto",
-            reach=INERT,
         ),
         "hub": text("Pretrained models to choose from: timm24 or tiny.", 63, default="timm24"),
         "hubRef": _reference(

@@ -366,7 +366,10 @@ class OptimizerSetup:
     """ConfigSpace's JSON where `space` is `custom` (`configSpaceRef`)."""
     external: str | None = None
     metafeatures: Mapping[str, float] = field(default_factory=dict)
-    prior: str = "Auto"
+    prior: str = ""
+    """A `catalogue.PriorRef` as text; empty: the search starts cold."""
+    priors: str = ""
+    """Folder of own priors."""
     metric: str = "top1"
     options: Options = Options()
 

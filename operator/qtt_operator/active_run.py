@@ -28,6 +28,7 @@ from qtt_operator.names import EVALUATE_ANNOTATION, FINETUNE_ANNOTATION, RETRY_A
 from qtt_operator.optimizer_share import OptimizerShare, SharedOptimizer
 from qtt_operator.owner import RunObject
 from qtt_operator.pod_rules import refused
+from qtt_operator.prior_choice import choose_prior
 from qtt_operator.redis_client import refuse_eviction
 from qtt_operator.redis_ledger import RedisLedger
 from qtt_operator.references import places, require_claims, resolve
@@ -64,6 +65,8 @@ class ActiveRun:
     """A `retry` that was there before a loss of data was found: it did not mean this loss."""
     failure: tuple[float, str, str] | None = None
     """Time, reason and message of the last turn that broke."""
+    news: str = ""
+    """What a person should hear of the prior, said once."""
     swept_closed: int = 0
     """Closed configurations when the volume was last looked at for garbage."""
 
@@ -138,16 +141,19 @@ async def start_run(key: Key, found: Object, around: Surroundings) -> ActiveRun:
     if state.run is None:
         await refuse_eviction(ledger.client)
     optimizer = around.share.port(run.spec.optimizer.timeout)
+    own = around.settings.priors_folder
+    choice = choose_prior(run, resolved.hub, state, own)
+    identity = replace(_identity(owner, state), files=resolved.files, prior=choice.prior)
     contents = RunContents(
-        spec=run.spec, identity=replace(_identity(owner, state), files=resolved.files),
-        hub=resolved.hub,
+        spec=run.spec, identity=identity, hub=resolved.hub, priors=own,
         places=places(supply), space_definition=resolved.space_definition, supply=supply,
     )  # fmt: skip
     space = await optimizer.describe(optimizer_setup(contents, state))
-    identity = replace(contents.identity, space_id=space.space_id, space_sha=space.space_sha)
+    identity = replace(identity, space_id=space.space_id, space_sha=space.space_sha)
     active = _assemble(
         key, found, owner, replace(contents, identity=identity), ledger, optimizer, around
     )
+    active.news = choice.line
     if active.context.counted_steps > state.steps:
         active.spent_token = wishes_of(found).retry
     if state.prepared is None:

@@ -209,6 +209,10 @@ def _add_run(verbs: Verbs[_Parser]) -> None:
         " as many as spec.parallelism)",
     )  # fmt: skip
     _state_option(parser)
+    parser.add_argument(
+        "--priors", type=Path, metavar="DIR",
+        help="folder of own priors that spec.search.portfolio may name (default: STATE_DIR/priors)",
+    )  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="start over; the old state is kept")
     parser.add_argument("--redis-url", metavar="URL", help="use this Redis, not an embedded one")
     parser.add_argument("--plain", action="store_true", help="log lines, no live table")

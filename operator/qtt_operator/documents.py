@@ -40,6 +40,8 @@ class RunContents:
     space_definition: str = ""
     """ConfigSpace's JSON of a `configSpaceRef`, empty for a named space."""
     supply: Supply = field(default_factory=Supply)
+    priors: str = ""
+    """Folder of own priors, as the optimizer worker sees it."""
 
 
 def job_document(
@@ -124,7 +126,8 @@ def optimizer_setup(run: RunContents, ledger: LedgerState) -> OptimizerSetup:
         space_definition=run.space_definition,
         in_channels=spec.dataset.in_channels,
         metafeatures=_facts(prepared) if prepared else {},
-        prior=spec.search.portfolio,
+        prior=run.identity.prior,
+        priors=run.priors,
         metric=spec.objective.metric,
         options=options,
     )

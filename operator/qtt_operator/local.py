@@ -27,6 +27,7 @@ from qtt_operator.local_setup import LocalOptions, LocalSetup, check_drift, prep
 from qtt_operator.local_store import LocalStore, open_store
 from qtt_operator.narrate import Narrator
 from qtt_operator.optimizer_pool import OptimizerClient
+from qtt_operator.prior_choice import choose_prior
 from qtt_operator.redis_ledger import RedisLedger, next_epoch
 from qtt_operator.run_folder import RunFolder, write_atomically
 from qtt_operator.snapshot import Snapshot
@@ -92,6 +93,10 @@ async def run_local(options: LocalOptions, view: View) -> AsyncIterator[Finished
                 check_drift(state.run, setup.run, setup.files)
                 if state.run.space_hash != setup.space_sha:
                     view.note("the search space differs from the recorded one: newer code")
+            choice = choose_prior(setup.run, setup.hub, state, setup.priors)
+            if choice.line:
+                view.note(choice.line)
+            setup = replace(setup, prior=choice.prior)
             known = local_start.facts(setup, uid, embedded=options.redis_url is None)
             write_atomically(setup.folder.facts_file, json.dumps(known, indent=1))
             runner = _Runner(options, setup, ledger, store, view)
@@ -170,6 +175,7 @@ class _Runner:
             hub=setup.hub,
             places=setup.places,
             space_definition=setup.space_definition,
+            priors=setup.priors,
         )
 
     def _context(self, identity: Identity) -> RunContext:

@@ -25,7 +25,7 @@ from qtt_operator.devices import (
 from qtt_operator.documents import Places
 from qtt_operator.lint import load_checked, local_notes
 from qtt_operator.local_backend import SERVE
-from qtt_operator.run_folder import DEFAULT_STATE_DIR, RunFolder, claim_folder
+from qtt_operator.run_folder import DEFAULT_STATE_DIR, PRIORS, RunFolder, claim_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,8 @@ class LocalOptions:
     mounts: Mapping[str, Path] = field(default_factory=dict)
     devices: str | None = None
     state_dir: Path = Path(DEFAULT_STATE_DIR)
+    priors: Path | None = None
+    """Folder of own priors; None: `priors` in the state folder."""
     fresh: bool = False
     redis_url: str | None = None
     test: bool = True
@@ -57,9 +59,13 @@ class LocalSetup:
     space_sha: str
     space_definition: str
     """ConfigSpace's JSON of a `configSpaceRef`, empty for a named space."""
+    priors: str
+    """Folder of own priors."""
     files: Mapping[str, str]
     """Field -> digest of the file that it names."""
     slots: tuple[Slot, ...]
+    prior: str = ""
+    """As in the event `Run`; chosen once the ledger is known."""
     notes: tuple[str, ...] = ()
 
 
@@ -80,6 +86,7 @@ def prepare_local(options: LocalOptions) -> LocalSetup:
         space_id=checked.space.space_id,
         space_sha=checked.space.sha,
         space_definition=checked.space_definition,
+        priors=str((options.priors or options.state_dir / PRIORS).absolute()),
         files=checked.files,
         slots=slots,
         notes=(*notes, *more, *local_notes(run, beside, options.mounts)),

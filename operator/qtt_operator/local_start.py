@@ -38,6 +38,7 @@ def identity_of(setup: LocalSetup, state: LedgerState, uid: str, *, fresh_seed: 
         version=qtt_core.__version__,
         raw_spec=setup.run.raw_spec,
         files=setup.files,
+        prior=setup.prior,
     )
 
 

@@ -24,7 +24,7 @@ import torch
 
 from qtt_core.errors import Fault, OptimizerError, QuickTuneError, SpecError
 from qtt_core.fields import raise_faults
-from qtt_core.optimizer import Optimizer, build, setup_space
+from qtt_core.optimizer import Optimizer, build, setup_prior, setup_space
 from qtt_core.space import SearchSpace
 from qtt_core.steps import (
     BudgetView,
@@ -90,12 +90,14 @@ class Session:
         return self._now
 
     def describe(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Identity of the space that a setup describes.
+        """Identity of the space that a setup describes, its prior loaded for what comes.
 
-        Raises: SpecError that names every initial configuration which is none of the space.
+        Raises: SpecError that names every initial configuration which is none of the space, or a
+        prior that is damaged.
         """
         setup = OptimizerSetup.from_json(request["setup"])
         space, _ = setup_space(setup)
+        setup_prior(setup)
         raise_faults(_initial_faults(space, setup))
         return {"space_id": space.space_id, "space_sha": space.sha}
 

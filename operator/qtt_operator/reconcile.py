@@ -252,6 +252,9 @@ class Reconciler:
         advice = one_node_advice(run.context.run.spec, self._settings.checkpoint_defaults)
         if advice:
             await self._emit(found, EmitEvent(reason="OneNodeVolume", message=advice))
+        if run.news:
+            await self._emit(found, EmitEvent(reason="PriorChosen", message=run.news))
+            run.news = ""
 
     async def _part(self, key: Key) -> None:
         """Part with TuningRuns of this name that are gone."""

@@ -27,6 +27,8 @@ from typing import Any
 from qtt_core.errors import Fault, SpecError, VolumeError
 
 DEFAULT_STATE_DIR = ".quicktune"
+PRIORS = "priors"
+"""In the state folder, beside the runs: what `qtt metatrain` made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,6 +76,7 @@ async def run_verb(arguments: argparse.Namespace) -> Outcome:
         mounts=parse_mounts(arguments.mount),
         devices=arguments.devices,
         state_dir=arguments.state_dir,
+        priors=arguments.priors,
         fresh=arguments.fresh,
         redis_url=arguments.redis_url,
         test=not arguments.no_test,

@@ -55,6 +55,8 @@ class OperatorSettings:
     """In the public hub's place."""
     weights_defaults: ClaimDefaults = ClaimDefaults(size="20Gi")
     optimizer_workers: int = 1
+    priors_folder: str = ""
+    """Holds the install's own priors, read-only; empty: there are none."""
     external_optimizers: tuple[str, ...] = ()
     """Names that `spec.optimizer.name` may give: entry points run with the operator's rights."""
     max_open_jobs: int = 256

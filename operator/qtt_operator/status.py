@@ -61,6 +61,8 @@ def build_status(
         "top": [_trial(h, spec.metric) for h in ranked(histories, TOP)],
         "specHash": identity.spec_hash[:12],
     }
+    if identity.prior:
+        status["prior"] = identity.prior.rpartition("@")[0]
     if spec.template:
         status["templateHash"] = template_hash(spec)
     if ledger.first_time:

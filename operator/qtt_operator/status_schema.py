@@ -122,6 +122,7 @@ STATUS = section(
         ),
         "storeRef": _word("Where the ledger is: the store's address and the run's key."),
         "specHash": _word("Digest of the fields that may not change."),
+        "prior": _word("The meta-learned prior it searches with; absent: it began cold."),
         "templateHash": _word("Digest of the template that the next steps take."),
         "jobFeatures": choice(
             "Degraded: the server drops pod failure policies, and any lost pod fails its Job.",

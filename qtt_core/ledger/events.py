@@ -71,7 +71,8 @@ class Event:
 class Run(Event):
     """The first event: what this run is. `spec` is the normalised manifest spec as JSON.
 
-    `files`: field -> digest of the file that it names (`spec.search.hubRef`).
+    `files`: field -> digest of the file that it names (`spec.search.hubRef`). `prior`: name and
+    digest of the prior (`catalogue.PriorRef`), empty where the search starts cold.
     """
 
     kind: ClassVar[str] = "run"
@@ -83,6 +84,7 @@ class Run(Event):
     space_hash: str
     spec: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    prior: str = ""
     schema: int = SCHEMA
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from qtt_core.optimizer import Optimizer, build, setup_space
+from qtt_core.optimizer import Optimizer, build, setup_prior, setup_space
 from qtt_core.steps import BudgetView, OptimizerEvent, OptimizerSetup, Proposal, Recommendation
 from qtt_operator.active_run import Key
 from qtt_operator.cluster import JOBS, PODS, RUNS, Cluster, Object, Resource
@@ -39,6 +39,7 @@ class InProcessOptimizer:
 
     async def describe(self, setup: OptimizerSetup) -> SpaceIdentity:
         space, _ = setup_space(setup)
+        setup_prior(setup)
         return SpaceIdentity(space_id=space.space_id, space_sha=space.sha)
 
     async def load(

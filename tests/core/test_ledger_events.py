@@ -76,7 +76,7 @@ def test_the_schema_number_is_always_written() -> None:
 
 
 DEFAULTS_OF_SCHEMA_1: Mapping[str, Mapping[str, object]] = {
-    "run": {"ep": 0, "schema": 1, "spec": {}, "files": {}},
+    "run": {"ep": 0, "schema": 1, "spec": {}, "files": {}, "prior": ""},
     "prepared": {
         "ep": 0, "c": "prepare", "to": 1, "a": 0, "metafeatures": {}, "excluded": {},
         "missing_weights": (), "digest": "", "warnings": (), "dev": 0.0,

@@ -6,21 +6,22 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from qtt_core.catalogue import SHIPPED, shipped_names
 from qtt_core.errors import SpecError
 from qtt_core.hub import load_hub
 from qtt_core.optimizer import QuickTune
-from qtt_core.shipped import NAMES, PRIORS, predict_runs, shipped
+from qtt_core.shipped import predict_runs, shipped
 from qtt_core.space import build_space
 
 MICRO = {"n_train": 478.0, "n_val": 160.0, "num_classes": 20.0}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", shipped_names())
 def test_a_shipped_prior_is_small_and_names_its_source(name):
     prior = shipped(f"mtlbm/{name}")
     assert "Pineda Arango" in prior.card["source"]
     assert len(prior.card["tasks"]) == 20
-    assert sum(len(file.read_bytes()) for file in (PRIORS / name).iterdir()) < 3e6
+    assert sum(len(file.read_bytes()) for file in (SHIPPED / name).iterdir()) < 3e6
 
 
 def test_an_unknown_prior_is_an_error_that_names_the_known_ones():
