@@ -150,10 +150,14 @@ def _damaged(folder: Path, why: object) -> SpecError:
     return SpecError([Fault(FIELD, folder.name, f"its {CARD} cannot be read: {why}")])
 
 
+def is_name(text: str) -> bool:
+    """Whether a prior may be called so."""
+    return _NAME.fullmatch(text) is not None
+
+
 def _lies_in(own: Path, name: str) -> bool:
     """Whether a name is one, and no way out of the folder (a link, say)."""
-    inside = (own / name).resolve().is_relative_to(own.resolve())
-    return inside and _NAME.fullmatch(name) is not None
+    return is_name(name) and (own / name).resolve().is_relative_to(own.resolve())
 
 
 def _remedy(own: str | Path) -> str:

@@ -71,7 +71,7 @@ def wide(x: Array, usable: Sequence[int], y: Array) -> Basis:
 def _basis(x: Array, pairs: Sequence[tuple[int, int]]) -> Basis:
     every = np.array([(-1, -1), *pairs], dtype=np.intp).reshape(-1, 2)
     raw = Basis(pairs=every, centre=np.zeros(len(every)))
-    centre = raw(x).mean(0)
+    centre = raw(x).mean(0) if len(x) else np.zeros(len(every))
     centre[0] = 0.0
     return Basis(pairs=every, centre=centre)
 
@@ -133,7 +133,7 @@ class Hierarchy:
 
 
 def fit_hierarchy(phi: Array, y: Array, task: NDArray[np.intp], z: Array) -> Hierarchy:
-    """EM from the prior.
+    """EM from the prior; without rows, the prior.
 
     phi (n, K), first column 1; y (n,); task (n,): indices of data sets; z (tasks, M): descriptors,
     standardised, 0 where missing.
@@ -147,7 +147,7 @@ def fit_hierarchy(phi: Array, y: Array, task: NDArray[np.intp], z: Array) -> Hie
     found = Hierarchy(
         weights=np.zeros((design.shape[1], phi.shape[1])), covariance=np.diag(start), noise=0.1
     )
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS if present else 0):
         found = _round(found, runs, design, ridge, start)
     return found
 

@@ -7,7 +7,7 @@ data sets, never points, are held out. Takes minutes for 13,000 curves on two co
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,20 +48,30 @@ LEARNING_TASKS, LEARNING_CONFIGS, LEARNING_POINTS = 24, 32, 4
 LEARNING_STEPS = 60
 
 
-def metatrain(meta: MetaDataset, seed: int = 0, *, name: str = "") -> MetaPrior:
+Progress = Callable[[str, float], None]
+"""Told what is being done, and which share of the work is behind it."""
+
+
+def metatrain(
+    meta: MetaDataset, seed: int = 0, *, name: str = "", progress: Progress = lambda *_: None
+) -> MetaPrior:
     """A prior from at least two data sets with runs that were trained to the end.
 
     Raises: SpecError if there is nothing to learn from.
     """
+    progress("reading the curves", 0.0)
     table = _tabulate(meta)
     done = [i for i in range(len(meta.tasks)) if np.any(table.ended & (table.task == i))]
     if len(done) < 2:
         found = f"{len(done)} data sets with finished runs"
         raise SpecError([Fault("meta-data", found, "bring at least two")])
+    progress("learning from all data sets", 0.05)
     models = _fit_all(table, np.full(len(table.task), True), seed, TREES)
-    held_out = _held_out(table, seed)
+    held_out = _held_out(table, seed, progress)
+    progress("learning what goes together", 0.8)
     encoder = build_encoder(meta.space, meta.hub)
     basis, factor = _learn_transfer(table, held_out)
+    progress("learning how curves differ", 0.85)
     parameters = _learn_process(meta, table, held_out, basis(table.x) @ factor, seed)
     return MetaPrior(
         space=meta.space, hub=meta.hub, descriptors=table.descriptors, columns=encoder.columns,
@@ -283,13 +293,15 @@ class _HeldOut:
     """(R,), of log seconds, the data set's own level removed."""
 
 
-def _held_out(table: _Table, seed: int) -> _HeldOut:
+def _held_out(table: _Table, seed: int, progress: Progress) -> _HeldOut:
     tasks = np.unique(table.task)
     order = np.random.default_rng([seed & (2**63 - 1), 11]).permutation(tasks)
     shape = np.full((len(table.task), len(GRID)), np.nan)
     difficulty = np.full(len(table.task), np.nan)
     levels, paces = (np.full((len(table.task), 2), np.nan) for _ in range(2))
-    for fold in np.array_split(order, min(FOLDS, len(order))):
+    folds = np.array_split(order, min(FOLDS, len(order)))
+    for number, fold in enumerate(folds, start=1):
+        progress(f"leaving data sets out, {number} of {len(folds)}", 0.25 + 0.5 * number / FOLDS)
         out = np.flatnonzero(np.isin(table.task, fold))
         models = _fit_all(table, ~np.isin(table.task, fold), seed, FOLD_TREES)
         forest = models.forests["shape"]
@@ -420,11 +432,25 @@ def _card(meta: MetaDataset, table: _Table, held_out: _HeldOut, seed: int) -> di
         "held_out": {
             "spearman_final_score": _rounded(ranks),
             "mean_error_final_score": _rounded(errors),
+            "coverage_of_80_percent": _coverage(table, held_out),
             "median_error_seconds": _rounded([float(np.median(np.abs(np.expm1(seconds))))])
             if len(seconds)
             else None,
         },
     }
+
+
+def _coverage(table: _Table, held_out: _HeldOut) -> float | None:
+    """Share of final scores within the 80 % interval that errors on other data sets suggest."""
+    error = held_out.trend[:, -1] - table.end
+    known = table.ended & np.isfinite(error)
+    inside = []
+    for i in np.unique(table.task[known]):
+        mine, others = known & (table.task == i), known & (table.task != i)
+        if others.sum() >= 10:
+            low, high = np.quantile(error[others], (0.1, 0.9))
+            inside.append(float(np.mean((low <= error[mine]) & (error[mine] <= high))))
+    return _rounded(inside)
 
 
 def _rounded(values: Sequence[float]) -> float | None:

@@ -141,6 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_lint(verbs)
     _add_readers(verbs)
     _add_ledger(verbs)
+    _add_metatrain(verbs)
     _add_weights(verbs)
     _add_data(verbs)
     _add_controller(verbs)
@@ -275,6 +276,27 @@ def _add_ledger(verbs: Verbs[_Parser]) -> None:
     parser.add_argument("action", choices=("export",), help="what to do")
     _run_argument(parser)
     parser.add_argument("file", metavar="FILE", help="where to; - for standard output")
+
+
+def _add_metatrain(verbs: Verbs[_Parser]) -> None:
+    parser = _verb(
+        verbs, "metatrain", "qtt_operator.metatrain_verb:metatrain_verb",
+        "learn a prior from runs that have ended",
+    )  # fmt: skip
+    parser.epilog = (
+        "SOURCE is a run, a file of `qtt ledger export` or a folder of them; or one table (CSV,\n"
+        "Parquet; docs/optimizer.md), or a folder of MetaDataset.save. At least two data sets,\n"
+        "one search space. `spec.search.portfolio: NAME` then uses it."
+    )
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="what to learn from")
+    parser.add_argument("--name", required=True, metavar="NAME", help="what manifests call it")
+    _state_option(parser)
+    parser.add_argument(
+        "--to", type=Path, metavar="DIR", help="folder to fill (default: STATE_DIR/priors/NAME)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--replace", action="store_true", help="replace a prior of that name")
+    parser.add_argument("--redis-url", metavar="URL", help="the Redis that the runs were given")
 
 
 def _add_weights(verbs: Verbs[_Parser]) -> None:

@@ -101,4 +101,5 @@ def facts(setup: LocalSetup, uid: str, *, embedded: bool) -> Mapping[str, Any]:
         "embedded": embedded,
         "spec": dict(setup.run.raw_spec),
         "hub": setup.hub.to_json(),
+        "space_definition": setup.space_definition,
     }

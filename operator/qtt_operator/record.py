@@ -14,6 +14,7 @@ import yaml
 
 from qtt_core.errors import Fault, SpecError
 from qtt_core.ledger.events import Event
+from qtt_core.ledger.file import Ledger
 from qtt_core.ledger.fold import LedgerState, fold
 from qtt_core.steps import Config, Metric
 from qtt_operator.redis_client import connect
@@ -102,6 +103,16 @@ async def read_record(folder: RunFolder, redis_url: str | None = None) -> RunRec
             return await _read(client, folder, facts)
         finally:
             await client.aclose()
+
+
+async def read_ledger_of(folder: RunFolder, redis_url: str | None = None) -> Ledger:
+    """A run's ledger with what its events refer to. Raises: as `read_record`."""
+    record = await read_record(folder, redis_url)
+    facts = record.facts
+    return Ledger(
+        name=str(facts["name"]), uid=str(facts["uid"]), configs=record.configs,
+        events=record.events, hub=facts.get("hub"), space=str(facts.get("space_definition", "")),
+    )  # fmt: skip
 
 
 async def _read(client: Redis, folder: RunFolder, facts: Mapping[str, Any]) -> RunRecord:

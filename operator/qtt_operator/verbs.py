@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from qtt_core.errors import UnknownConfigurationError
-from qtt_core.ledger.events import SCHEMA, to_fields
 from qtt_operator.cli import Outcome
 from qtt_operator.exits import COMPLETE, USAGE
 from qtt_operator.output import Column, render, render_one
@@ -114,15 +113,17 @@ def watch(arguments: argparse.Namespace) -> Outcome:
 
 def ledger(arguments: argparse.Namespace) -> Outcome:
     """`qtt ledger export RUN FILE`: a header, the configurations, then every event."""
-    record = _record(arguments)
-    lines = [json.dumps(line, allow_nan=False) for line in _export(record)]
-    text = "\n".join(lines) + "\n"
+    from qtt_operator.record import read_ledger_of
+
+    folder = find_run(arguments.run, arguments.state_dir)
+    found = asyncio.run(read_ledger_of(folder, arguments.redis_url))
+    text = "\n".join(found.lines()) + "\n"
     if arguments.file == "-":
         return Outcome(text=text)
     from qtt_operator.run_folder import write_atomically
 
     write_atomically(Path(arguments.file), text)
-    return Outcome(text=f"{len(record.events)} events to {arguments.file}\n")
+    return Outcome(text=f"{len(found.events)} events to {arguments.file}\n")
 
 
 # --- pieces ---------------------------------------------------------------------------------------
@@ -206,14 +207,3 @@ def _essence(folder: RunFolder, status: Mapping[str, Any]) -> list[tuple[str, st
         model = f"c{best['configID']} {best['model']} at epoch {best['fidelity']}"
         lines.append(("best", f"{best['score']}  {model}"))
     return lines
-
-
-def _export(record: RunRecord) -> list[dict[str, Any]]:
-    header = {
-        "k": "header",
-        "schema": SCHEMA,
-        "uid": record.facts["uid"],
-        "name": record.facts["name"],
-        "configs": dict(record.configs),
-    }
-    return [header, *({"id": event.id, **to_fields(event)} for event in record.events)]
