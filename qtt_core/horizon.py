@@ -43,9 +43,9 @@ def horizons(
     shortest = math.inf if to_the_end else math.ceil(SHORTEST * max_fidelity / step)
     horizon = np.full(len(t), float(max_fidelity))
     if budget.total_steps is not None:
-        left = max(0, budget.total_steps - budget.spent_steps)
+        steps = max(0, budget.total_steps - budget.spent_steps)
         near = until_goal(budget.total_steps, budget.spent_steps, budget.workers)
-        horizon = np.minimum(horizon, (done + min(left, max(math.ceil(near), shortest))) * step)
+        horizon = np.minimum(horizon, (done + min(steps, max(math.ceil(near), shortest))) * step)
     if budget.total_seconds is not None and epoch_seconds is not None:
         price = step * epoch_seconds
         left = max(0.0, budget.total_seconds - budget.spent_seconds)
