@@ -133,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (QuickTuneError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return USAGE
+    _say("saved", 1.0)
     text = card_text(prior)
     (asked.to / "README.md").write_text(text, encoding="utf-8")
     drawn = draw(prior, meta, asked.to / "expected.png")

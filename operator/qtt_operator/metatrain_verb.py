@@ -79,7 +79,8 @@ def _child(command: list[str], show: Callable[[str, float], None]) -> tuple[str,
 
 def _bar(doing: str, share: float) -> None:
     done = round(BAR * share)
-    sys.stderr.write(f"\r[{'#' * done}{'.' * (BAR - done)}] {100 * share:3.0f} % {doing:40}")
+    end = "\n" if share >= 1 else ""
+    sys.stderr.write(f"\r[{'#' * done}{'.' * (BAR - done)}] {100 * share:3.0f} % {doing:40}{end}")
     sys.stderr.flush()
 
 

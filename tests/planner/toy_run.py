@@ -20,7 +20,8 @@ def main():
     run_verb.LocalOptions = lambda **options: LocalOptions(**options, serve=TOY)
     arguments = argparse.Namespace(
         manifest=Path(manifest), state_dir=Path(state_dir), mount=[], devices=None, output="table",
-        fresh="--fresh" in rest, plain=True, no_test=False, priors=None,
+        fresh="--fresh" in rest, plain=True, no_test=False,
+        priors=next((Path(word[9:]) for word in rest if word.startswith("--priors=")), None),
         redis_url=next((word for word in rest if "://" in word), None),
     )  # fmt: skip
     try:
