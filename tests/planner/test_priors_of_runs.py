@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import yaml
 
@@ -31,7 +32,7 @@ def manifest(folder, name, portfolio, **optimizer):
 
 
 def toy_run(path, state, *options, data):
-    script = os.path.join(os.path.dirname(__file__), "toy_run.py")
+    script = Path(__file__).with_name("toy_run.py")
     env = {**os.environ, "TOY_SECONDS": "0.01", "TOY_DATA": data, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, script, str(path), str(state), *options],
