@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from qtt_core.errors import OptimizerError, StoreUnavailableError
+from qtt_core.ledger.events import is_evaluation
 from qtt_core.ledger.fold import LedgerState, fold
 from qtt_core.plan import Identity, JobPhase, Plan
 from qtt_operator import local_start
@@ -274,8 +275,9 @@ class _Runner:
         live = [job for job in context.observed.jobs if job.phase is not JobPhase.ENDED]
         if live:
             return None
-        if context.state.closed is not None:
-            return ending_of(context.state.closed)
+        if context.state.closed is not None:  # not before the planner has parted with what was open
+            waiting = [c for c in context.state.open if not is_evaluation(c)]
+            return None if waiting else ending_of(context.state.closed)
         if self._stopper.ending is not None:
             return self._stopper.ending if context.run.spec.suspend else None
         if context.run.spec.suspend:

@@ -278,7 +278,7 @@ class Story:
                 continue
             if plan.held is not None and self.context.state.closed is None:
                 await self.retried()
-            if self.context.state.closed is not None and not self._live():
+            if self.context.state.closed is not None and not self._is_at_work():
                 break
         else:
             state = self.context.state
@@ -286,10 +286,12 @@ class Story:
             world.broken.append(f"not closed: {held}, {dict(state.open)}, {state.steps} steps")
         await self._catch_up()
 
-    def _live(self) -> bool:
-        """Whether a job is left that nobody has recorded."""
+    def _is_at_work(self) -> bool:
+        """Whether a job is left that nobody has recorded, or a decision that awaits its end."""
         seen = self.context.observed.jobs
-        return any(job.phase is not p.JobPhase.ENDED for job in seen)
+        return any(job.phase is not p.JobPhase.ENDED for job in seen) or bool(
+            self.context.state.open
+        )
 
     async def _catch_up(self) -> None:
         """Tell the optimizer the rest, a new one everything."""
