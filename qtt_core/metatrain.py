@@ -156,7 +156,7 @@ def _tabulate(meta: MetaDataset) -> _Table:
 
 
 def _own_columns(meta: MetaDataset) -> tuple[int, ...]:
-    names = build_encoder(meta.space, meta.hub).columns
+    names = build_encoder(meta.space, meta.hub, {"n_train": math.nan}).columns  # as `p.rows` does
     return tuple(i for i, name in enumerate(names) if not name.startswith("data:"))
 
 
