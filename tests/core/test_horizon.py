@@ -31,23 +31,23 @@ def test_the_goal_is_a_tenth_of_the_budget_then_twice_what_is_spent(
         (0, 1.0, {}, 50),
         (0, 1.0, {"total_seconds": 1000}, 50),
         (0, 4.0, {"total_seconds": 1000}, 25),
-        (0, 4.0, {"total_seconds": 1000, "workers": 2}, 13),
+        (0, 4.0, {"total_seconds": 1000, "workers": 2}, 12),
         (7, 4.0, {"total_seconds": 1000}, 32),
         (30, 4.0, {"total_seconds": 1000}, 50),
-        (0, 40.0, {"total_seconds": 1000}, 13),
+        (0, 40.0, {"total_seconds": 1000}, 3),
         (0, 40.0, {"total_seconds": 1000, "spent_seconds": 500}, 12),
         (3, 40.0, {"total_seconds": 1000, "spent_seconds": 970}, 3),
         (0, None, {"total_seconds": 1000}, 50),
         (0, None, {"total_steps": 400}, 40),
-        (0, None, {"total_steps": 400, "workers": 8}, 13),
+        (0, None, {"total_steps": 400, "workers": 40}, 3),
         (0, None, {"total_steps": 400, "spent_steps": 395}, 5),
         (0, 4.0, {"total_steps": 400, "total_seconds": 1000}, 25),
     ],
     ids=[
         "no limit", "whole trainings fit", "a tenth of the seconds", "shared by two workers",
-        "from where it is", "never beyond T", "a quarter of T at least", "half is left",
+        "from where it is", "never beyond T", "a twentieth of T at least", "half is left",
         "not one step fits", "seconds not known", "a tenth of the steps",
-        "steps shared, a quarter at least", "five steps are left", "the nearer limit",
+        "steps shared, a twentieth at least", "five steps are left", "the nearer limit",
     ],
 )  # fmt: skip
 def test_the_horizon_is_what_one_worker_reaches_by_the_next_goal(t, seconds, budget, expected):
@@ -61,7 +61,7 @@ def test_steps_of_several_epochs_end_at_their_multiples():
         np.array([0.0, 5.0, 10.0]), np.array([1.0, 1.0, 3.0]),
         BudgetView(total_seconds=200), max_fidelity=50, step=5,
     )  # fmt: skip
-    assert found.tolist() == [20.0, 25.0, 25.0]
+    assert found.tolist() == [20.0, 25.0, 15.0]
 
 
 def test_a_training_that_is_never_interrupted_is_judged_by_its_end():
