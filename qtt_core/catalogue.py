@@ -85,7 +85,7 @@ def choose(portfolio: str, *, algorithm: str, hub: Hub, own: str | Path = "") ->
     name = portfolio.removeprefix(PREFIX)
     if name in own_names(own) and portfolio == name and _lies_in(Path(own), name):
         line = f"prior {name}, of the folder of priors"
-        return PriorRef(name=name, sha=_sha(Path(own) / name), own=True, line=line)
+        return PriorRef(name=name, sha=card_sha(Path(own) / name), own=True, line=line)
     stand_in = STAND_INS.get(name, name)
     if stand_in not in shipped_names():
         raise NotFoundError([Fault(FIELD, portfolio, _remedy(own))])
@@ -95,7 +95,7 @@ def choose(portfolio: str, *, algorithm: str, hub: Hub, own: str | Path = "") ->
             f" in place of {PREFIX}{name}, which has no meta-data of its own yet; "
             "its seconds follow this data set's number of images"
         )
-    return PriorRef(name=stand_in, sha=_sha(SHIPPED / stand_in), line=line)
+    return PriorRef(name=stand_in, sha=card_sha(SHIPPED / stand_in), line=line)
 
 
 def kept(recorded: str, own: str | Path = "") -> tuple[PriorRef | None, bool]:
@@ -109,7 +109,7 @@ def kept(recorded: str, own: str | Path = "") -> tuple[PriorRef | None, bool]:
     if not (ref.folder(own) / CARD).is_file():
         remedy = f"the run began with it; put it back. {_remedy(own)}"
         raise NotFoundError([Fault(FIELD, ref.name, remedy)])
-    sha = _sha(ref.folder(own))
+    sha = card_sha(ref.folder(own))
     return PriorRef(name=ref.name, sha=sha, own=ref.own), sha == ref.sha
 
 
@@ -121,7 +121,7 @@ def _automatic(hub: Hub) -> PriorRef | None:
     if best is None or 2 * known[best] < len(models):
         return None
     line = f"prior {PREFIX}{best}: knows {known[best]} of {len(models)} models"
-    return PriorRef(name=best, sha=_sha(SHIPPED / best), line=line)
+    return PriorRef(name=best, sha=card_sha(SHIPPED / best), line=line)
 
 
 def _models(folder: Path) -> set[str]:
@@ -139,7 +139,8 @@ def _card(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _sha(folder: Path) -> str:
+def card_sha(folder: Path) -> str:
+    """What a prior is known by. Raises: SpecError if its card cannot be read."""
     try:
         return hashlib.sha256((folder / CARD).read_bytes()).hexdigest()
     except OSError as error:

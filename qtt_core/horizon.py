@@ -13,6 +13,7 @@ import numpy as np
 
 from qtt_core.encoding import Array
 from qtt_core.steps import BudgetView
+from qtt_core.trials import seconds_left, steps_left
 
 FIRST, GROWTH = 0.1, 2.0
 """Of the budget; of what is spent."""
@@ -20,8 +21,9 @@ SHORTEST = 0.05
 """Of T, as an informed search trains at first: fewer epochs say nothing of a configuration."""
 
 
-def until_goal(total: float, spent: float, workers: int) -> float:
-    """What one worker may spend until the next goal, of a limit and what is used of it."""
+def until_goal(left: float, spent: float, workers: int) -> float:
+    """What one worker may spend until the next goal, of what is left of a limit."""
+    total = spent + left
     return max(0.0, min(total, max(FIRST * total, GROWTH * spent)) - spent) / max(1, workers)
 
 
@@ -42,14 +44,13 @@ def horizons(
     done = t // step
     shortest = math.inf if to_the_end else math.ceil(SHORTEST * max_fidelity / step)
     horizon = np.full(len(t), float(max_fidelity))
-    if budget.total_steps is not None:
-        steps = max(0, budget.total_steps - budget.spent_steps)
-        near = until_goal(budget.total_steps, budget.spent_steps, budget.workers)
+    steps, seconds = steps_left(budget), seconds_left(budget)
+    if steps is not None:
+        near = until_goal(steps, budget.spent_steps, budget.workers)
         horizon = np.minimum(horizon, (done + min(steps, max(math.ceil(near), shortest))) * step)
-    if budget.total_seconds is not None and epoch_seconds is not None:
+    if seconds is not None and epoch_seconds is not None:
         price = step * epoch_seconds
-        left = max(0.0, budget.total_seconds - budget.spent_seconds)
-        near = until_goal(budget.total_seconds, budget.spent_seconds, budget.workers)
-        fits = np.minimum(np.floor(left / price), np.maximum(np.floor(near / price), shortest))
+        near = until_goal(seconds, budget.spent_seconds, budget.workers)
+        fits = np.minimum(np.floor(seconds / price), np.maximum(np.floor(near / price), shortest))
         horizon = np.minimum(horizon, (done + fits) * step)
     return np.asarray(np.maximum(horizon, t))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from qtt_core.catalogue import CARD, FIELD, PREFIX, SHIPPED, STAND_INS, PriorRef, shipped_names
+from qtt_core.catalogue import FIELD, PREFIX, SHIPPED, STAND_INS, PriorRef, card_sha, shipped_names
 from qtt_core.errors import Fault, OptimizerError, SpecError
 from qtt_core.layouts import read_runs
 from qtt_core.prior import MetaPrior
@@ -43,7 +42,7 @@ def load_prior(ref: PriorRef, own: str | Path = "") -> MetaPrior:
     except SpecError as error:
         words = "; ".join(f"{f.value}: {f.expected}" for f in error.faults)
         raise SpecError([Fault(FIELD, ref.name, words)]) from error
-    if hashlib.sha256((ref.folder(own) / CARD).read_bytes()).hexdigest() != ref.sha:
+    if card_sha(ref.folder(own)) != ref.sha:
         raise OptimizerError(f"prior {ref.name} was replaced while it was being loaded; try again")
     if ref.own:
         return found

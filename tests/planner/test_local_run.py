@@ -119,6 +119,14 @@ def wait_for(process, words):
     raise AssertionError(f"ended without saying {words!r}")
 
 
+def kill_at(runner, words, **environment):
+    """Start the runner; kill it when it says the words."""
+    process = runner.start(**environment)
+    wait_for(process, words)
+    process.kill()
+    process.wait(timeout=DEADLINE)
+
+
 @pytest.fixture
 def make_runner(tmp_path):
     made = []
@@ -186,10 +194,7 @@ def test_a_runner_killed_again_and_again_ends_with_the_undisturbed_sequence(
     """Nothing is told or charged twice: every step has one result, every epoch was told once."""
     runner = make_runner()
     for words in ("reading the data", " epoch 1:", "[step 2 of 6", "[step 4 of 6"):
-        process = runner.start(seconds_per_epoch=0.15)
-        wait_for(process, words)
-        process.kill()
-        process.wait(timeout=DEADLINE)
+        kill_at(runner, words, seconds_per_epoch=0.15)
 
     code, _, err = runner.run()
 
@@ -214,10 +219,7 @@ def test_what_the_user_knows_holds_over_a_kill(make_runner):
     )  # fmt: skip
     small = {card.name for card in load_hub("tiny").cards if card.params <= 400_000}
     assert 0 < len(small) < len(load_hub("tiny").cards)
-    process = runner.start(seconds_per_epoch=0.1)
-    wait_for(process, "[step 2 of 9")
-    process.kill()
-    process.wait(timeout=DEADLINE)
+    kill_at(runner, "[step 2 of 9", seconds_per_epoch=0.1)
 
     code, _, err = runner.run()
 
@@ -237,10 +239,7 @@ def test_an_optimizer_of_optuna_searches_and_goes_on_after_a_kill(make_runner):
         optimizer={"algorithm": "External", "name": "optuna-tpe", "seed": 5},
         budget={"maxSteps": 9},
     )
-    process = runner.start(seconds_per_epoch=0.1)
-    wait_for(process, "[step 2 of 9")
-    process.kill()
-    process.wait(timeout=DEADLINE)
+    kill_at(runner, "[step 2 of 9", seconds_per_epoch=0.1)
 
     code, out, err = runner.run()
 
