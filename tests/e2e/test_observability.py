@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import Simulate
 from prometheus_server import Prometheus, program, prometheus, sooner
-from real_cluster import Kube, Object, Testbed, until
+from real_cluster import Kube, Object, RefusedError, Testbed, until
 
 pytestmark = [pytest.mark.testbed, pytest.mark.chaos]
 
@@ -86,13 +86,20 @@ def told(kube: Kube) -> int:
     return found
 
 
-def working(kube: Kube) -> Object | None:
-    """A step's pod whose trainer runs."""
+def kill_a_trainer(kube: Kube, testbed: Testbed) -> bool:
+    """Whether a step lost its trainer: the one last begun, it has most before it."""
+    begun = {}
     for pod in kube.items("pod", "app.kubernetes.io/component=step"):
         (status,) = pod["status"].get("containerStatuses") or [{}]
-        if "running" in status.get("state", {}):
-            return pod
-    return None
+        if running := status.get("state", {}).get("running"):
+            begun[running["startedAt"]] = pod
+    if not begun:
+        return False
+    try:
+        testbed.signal_container(begun[max(begun)])
+    except RefusedError:  # it ended by itself since
+        return False
+    return True
 
 
 def test_every_panel_has_data_after_a_run_that_lost_a_pod_and_a_worker(
@@ -103,7 +110,7 @@ def test_every_panel_has_data_after_a_run_that_lost_a_pod_and_a_worker(
     start_digits(root, restricted, digits)
     until("two steps are told", lambda: told(restricted) >= 2, seconds=RUN_SECONDS, every=1.0)
     assert operator.execute(WORKLOAD, "python", "-c", KILL_A_WORKER)
-    testbed.signal_container(until("a step trains", lambda: working(restricted), seconds=120))
+    until("a trainer is killed", lambda: kill_a_trainer(restricted, testbed), seconds=120)
     testbed.signal_container(operator.get("pod", "redis-0"))  # a call of it fails
     until(
         "the run is complete",
