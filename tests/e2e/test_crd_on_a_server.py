@@ -113,6 +113,9 @@ def runs(root: Path) -> Iterator[Runs]:
         pytest.fail("these tests run inside the test cluster: make testbed", pytrace=False)
     kubectl("apply", "--server-side", "-f", str(root / "crds"))
     kubectl("wait", "--for=condition=Established", "crd/tuningruns.quicktune.dev", "--timeout=20s")
+    # also renews what kubectl remembers of a server that had no CRD yet
+    known = ("api-resources", f"--api-group={crd.GROUP}")
+    until("kubectl knows the short name", lambda: "tnr" in kubectl(*known))
     namespace = f"crd-{uuid.uuid4().hex[:8]}"
     kubectl("create", "namespace", namespace)
     yield Runs(namespace)
