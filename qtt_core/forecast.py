@@ -33,8 +33,6 @@ epochs say the same."""
 OPENING = 0.75
 """Nothing to beat yet: that quantile of the candidates' predictions. Against the worst of them all
 gains are alike, and price alone decides."""
-MEMO_FROM = 64
-"""Rows of the kernel against at least as many candidates are kept: the pool asks again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +45,6 @@ class Conditioned:
     parameters: Parameters
     known: Sequence[Trial]
     trend: Array
-    points: Rows
     model: CurveModel
 
     @property
@@ -65,17 +62,20 @@ class Forecaster:
         _, self._member = groups_of(evidence.encoder)
         self._prior = evidence.beliefs.parameters(evidence.encoder, seed)
         self._fits: dict[int, Parameters] = {0: self._prior}
-        self._cross: dict[tuple[int, int, int], Array] = {}
+        self._cross: dict[tuple[int, int, int], Array] = {}  # (mark, candidates, configuration)
 
     def warm_up(self, trials: Trials) -> None:
         """Fit now what the next ask needs."""
         self._parameters(trials)
 
     def forecast(self, trials: Trials, trial: Trial, epochs: Sequence[int]) -> tuple[Array, Array]:
-        """Mean and epistemic deviation of u at further epochs of one configuration."""
-        every = [trial] * len(epochs)
-        mean, sd, _ = self.predict(trials, every, np.array(epochs, dtype=np.float64))
-        return mean, sd
+        """Mean and epistemic deviation of u at further epochs of one configuration.
+
+        Of what was told alone: a pending job's expected result would make it look too sure.
+        """
+        state = self._conditioned(trials, ())
+        kx = np.repeat(self._columns(state, [trial]), len(epochs), axis=1)
+        return self._ask(state, kx, [trial] * len(epochs), np.array(epochs, dtype=np.float64))
 
     def standing(self, trials: Trials) -> list[tuple[float, Trial, int]]:
         """(posterior mean of u, configuration, epoch) where training has been: noise taken out.
@@ -87,14 +87,17 @@ class Forecaster:
     def predict(
         self, trials: Trials, every: Sequence[Trial], horizon: Array
     ) -> tuple[Array, Array, float]:
-        """Mean and deviation of u at each horizon, and the noise-aware incumbent, in u."""
+        """Mean and deviation of u at each horizon, and the noise-aware incumbent, in u.
+
+        `every`: all candidates, in their order.
+        """
         pending = [t for t in trials.pending() if t.t < (t.pending_to or 0)]
         state = self._conditioned(trials, pending)
         best = max((u for u, _, _ in self._standing(state)), default=-math.inf)
         if pending:
             state = self._fantasised(state, pending)
-        mean, sd = self._ask(state, every, horizon)
-        if not len(state.points.u):
+        mean, sd = self._ask(state, self._kernel(state, every), every, horizon)
+        if not len(state.model.rows.u):
             best = float(np.quantile(mean, OPENING))
         return mean, sd, best
 
@@ -106,7 +109,10 @@ class Forecaster:
         known = [trials.trial(c) for c in ids]
         known += [t for t in pending if t.config_id not in set(ids)]
         trend = self._evidence.trend(known)
-        model = self._model(parameters, known, trend, points)
+        model = CurveModel(
+            parameters, self._member, self._max_fidelity, self._evidence.inputs(known), trend,
+            points,
+        )  # fmt: skip
         settled = frozenset(told.config_id for told in trials.told[:mark])
         return Conditioned(
             mark=mark,
@@ -114,23 +120,16 @@ class Forecaster:
             parameters=parameters,
             known=known,
             trend=trend,
-            points=points,
             model=model,
         )
 
-    def _model(
-        self, parameters: Parameters, known: Sequence[Trial], trend: Array, points: Rows
-    ) -> CurveModel:
-        x = self._evidence.inputs(known)
-        return CurveModel(parameters, self._member, self._max_fidelity, x, trend, points)
-
     def _ask(
-        self, state: Conditioned, every: Sequence[Trial], epochs: Array
+        self, state: Conditioned, kx: Array, every: Sequence[Trial], epochs: Array
     ) -> tuple[Array, Array]:
+        """`kx` (c, n): k between the known configurations and those asked about."""
         place = state.place
         identity = np.array([place.get(t.config_id, -1) for t in every], dtype=np.intp)
         diagonal = prior_variance(state.parameters, self._evidence.inputs(every))
-        kx = self._kernel(state, every)
         return state.model.predict(kx, identity, self._evidence.trend(every), diagonal, epochs)
 
     def _standing(self, state: Conditioned) -> list[tuple[float, Trial, int]]:
@@ -139,23 +138,18 @@ class Forecaster:
         if not at:
             return []
         epochs = np.array([epoch for _, epoch in at], dtype=np.float64)
-        mean, _ = self._ask(state, [t for t, _ in at], epochs)
+        asked = [t for t, _ in at]
+        mean, _ = self._ask(state, self._columns(state, asked), asked, epochs)
         return [(float(u), trial, epoch) for u, (trial, epoch) in zip(mean, at, strict=True)]
 
     def _fantasised(self, state: Conditioned, pending: Sequence[Trial]) -> Conditioned:
         """As if pending jobs had shown their predicted mean (kriging believer)."""
-        place, points = state.place, state.points
+        place = state.place
         index = np.array([place[t.config_id] for t in pending], dtype=np.intp)
         epoch = np.array([t.pending_to for t in pending], dtype=np.float64)
-        u, _ = self._ask(state, pending, epoch)
-        rows = Rows(
-            index=np.concatenate([points.index, index]),
-            epoch=np.concatenate([points.epoch, epoch]),
-            u=np.concatenate([points.u, u]),
-            noise=np.concatenate([points.noise, self._evidence.squash.noise(u)]),
-        )
-        model = self._model(state.parameters, state.known, state.trend, rows)
-        return replace(state, points=rows, model=model)
+        u, _ = self._ask(state, self._columns(state, pending), pending, epoch)
+        more = Rows(index=index, epoch=epoch, u=u, noise=self._evidence.squash.noise(u))
+        return replace(state, model=state.model.extended(more))
 
     def _parameters(self, trials: Trials) -> tuple[int, Parameters]:
         """(boundary, parameters fitted to the history up to it)."""
@@ -177,11 +171,16 @@ class Forecaster:
             self._cross.clear()
         return mark, self._fits[mark]
 
+    def _columns(self, state: Conditioned, asked: Sequence[Trial]) -> Array:
+        """k(x, x') between known configurations and a few, known or not; (c, n)."""
+        place, rows = state.place, self._evidence.inputs
+        if all(t.config_id in place for t in asked):
+            return state.model.own[:, [place[t.config_id] for t in asked]]
+        return config_kernel(state.parameters, self._member, rows(state.known), rows(asked))
+
     def _kernel(self, state: Conditioned, every: Sequence[Trial]) -> Array:
-        """k(x, x') between known configurations and candidates, (c, n)."""
+        """k(x, x') between known configurations and all candidates, (c, n); kept over asks."""
         rows, known = self._evidence.inputs, state.known
-        if len(every) < MEMO_FROM:
-            return config_kernel(state.parameters, self._member, rows(known), rows(every))
         width = len(every)
         missing = [t for t in known if (state.mark, width, t.config_id) not in self._cross]
         for together in self._batches(missing, state.settled):

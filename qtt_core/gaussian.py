@@ -28,8 +28,10 @@ def factor(covariance: Array) -> Array:
     """Lower Cholesky factor, (n, n); with jitter where it needs it, diagonal as a last resort."""
     scale = float(np.mean(np.diag(covariance))) if len(covariance) else 1.0
     for jitter in JITTERS:
+        jittered = covariance.copy()
+        jittered[np.diag_indices(len(covariance))] += jitter * scale
         try:
-            lower = cholesky(covariance + jitter * scale * np.eye(len(covariance)), lower=True)
+            lower = cholesky(jittered, lower=True, overwrite_a=True)
         except (np.linalg.LinAlgError, ValueError):
             continue
         if np.all(np.isfinite(lower)):
@@ -40,6 +42,22 @@ def factor(covariance: Array) -> Array:
     fallback = scale if np.isfinite(scale) else 1.0
     diagonal = np.nan_to_num(np.diag(covariance), nan=fallback, posinf=fallback)
     return np.diag(np.sqrt(np.maximum(diagonal, 1e-6)))
+
+
+def extend(lower: Array, cross: Array, corner: Array) -> Array | None:
+    """The factor of [[K, cross], [cross', corner]] from that of K; cross (n, k), corner (k, k).
+
+    O(n² k) instead of O((n + k)³). None where that needs jitter: factor the whole then.
+    """
+    below = solve_triangular(lower, cross, lower=True, check_finite=False).T
+    try:
+        last = cholesky(corner - below @ below.T, lower=True)
+    except (np.linalg.LinAlgError, ValueError):
+        return None
+    n = len(lower)
+    whole = np.zeros((n + len(corner), n + len(corner)))
+    whole[:n, :n], whole[n:, :n], whole[n:, n:] = lower, below, last
+    return whole
 
 
 def posterior(lower: Array, y: Array, cross: Array, prior_variance: Array) -> tuple[Array, Array]:

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qtt_core.encoding import Array, Encoder
-from qtt_core.gaussian import factor, posterior
+from qtt_core.gaussian import extend, factor, posterior
 
 MAX_ROWS = 512
 """Observations the process is conditioned on at most; more are thinned, oldest epochs first."""
@@ -138,6 +139,12 @@ class Rows:
     epoch: Array
     u: Array
     noise: Array
+
+
+def joined(rows: Rows, more: Rows) -> Rows:
+    """Both, in order."""
+    names = (field.name for field in fields(Rows))
+    return Rows(**{n: np.concatenate([getattr(rows, n), getattr(more, n)]) for n in names})
 
 
 def groups_of(encoder: Encoder) -> tuple[tuple[str, ...], NDArray[np.intp]]:
@@ -254,7 +261,8 @@ def curve_kernel(p: Parameters, kx: Array, same: Array, tau: Array, other: Array
 class CurveModel:
     """The process under fixed parameters, conditioned on rows. Immutable once built.
 
-    `x` (c, D + R) are the configurations that the rows refer to; `trend` (c, G) their mean course.
+    `x` (c, D + R) are the configurations that the rows refer to; `trend` (c, G) their mean course;
+    `own` (c, c) is k between them.
     """
 
     def __init__(
@@ -268,14 +276,35 @@ class CurveModel:
     ) -> None:
         self.parameters, self.member, self.max_fidelity = parameters, member, max_fidelity
         self.x, self.rows = x, rows
-        self._tau = progress(rows.epoch, max_fidelity)
-        own = config_kernel(parameters, member, x, x)
-        index = rows.index
-        same = index[:, None] == index[None, :]
-        covariance = curve_kernel(parameters, own[np.ix_(index, index)], same, self._tau, self._tau)
-        covariance[np.diag_indices(len(index))] += parameters.noise + rows.noise
-        self._lower = factor(covariance)
-        self._residual = rows.u - course(trend[index], self._tau)
+        self.own = config_kernel(parameters, member, x, x)
+        self._trend, self._tau = trend, progress(rows.epoch, max_fidelity)
+        self._lower = factor(self._covariance(rows))
+        self._residual = rows.u - course(trend[rows.index], self._tau)
+
+    def extended(self, more: Rows) -> CurveModel:
+        """The process given further rows of the same configurations, at a fraction of the work."""
+        model = copy(self)
+        model.rows = joined(self.rows, more)
+        tau = progress(more.epoch, self.max_fidelity)
+        cross = self._between(self.rows, self._tau, more, tau)
+        lower = extend(self._lower, cross, self._covariance(more))
+        model._lower = factor(model._covariance(model.rows)) if lower is None else lower
+        model._tau = np.concatenate([self._tau, tau])
+        residual = more.u - course(self._trend[more.index], tau)
+        model._residual = np.concatenate([self._residual, residual])
+        return model
+
+    def _between(self, rows: Rows, tau: Array, others: Rows, other: Array) -> Array:
+        same = rows.index[:, None] == others.index[None, :]
+        kx = self.own[np.ix_(rows.index, others.index)]
+        return curve_kernel(self.parameters, kx, same, tau, other)
+
+    def _covariance(self, rows: Rows) -> Array:
+        """Of what is observed, noise included."""
+        tau = progress(rows.epoch, self.max_fidelity)
+        covariance = self._between(rows, tau, rows, tau)
+        covariance[np.diag_indices(len(tau))] += self.parameters.noise + rows.noise
+        return covariance
 
     def predict(
         self,

@@ -276,6 +276,20 @@ def test_forecasts_cover_the_epochs_to_come(algorithm):
     assert optimizer.forecast(0).epochs or optimizer.trials.trial(0).t == 5
 
 
+def test_a_forecast_does_not_depend_on_what_was_asked_before():
+    """More epochs to come than there are candidates, and two configurations equally far."""
+    optimizer = make(max_fidelity=100)
+    for score in (0.3, 0.8):
+        optimizer.tell(ok(*optimizer.ask(1), score))
+    first, second = (trial.config_id for trial in optimizer.trials.all() if trial.scores)
+    asked_first = optimizer.forecast(first)
+    assert len(asked_first.epochs) > 64
+    fresh = replay(make(max_fidelity=100), map(event_from_json, optimizer.state()["events"]))
+    assert optimizer.forecast(second) == fresh.forecast(second)
+    assert optimizer.forecast(second).mean != asked_first.mean
+    assert fresh.forecast(first) == asked_first
+
+
 def test_explain_says_why():
     optimizer = make()
     play(optimizer, make_task(), 10)

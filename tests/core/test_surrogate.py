@@ -1,5 +1,7 @@
 """The curve process against dense algebra; fits; sensitivity to every hyperparameter."""
 
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
 
@@ -85,6 +87,18 @@ def test_predictions_agree_with_a_dense_inverse():
     variance = np.diag(k[n:, n:] - k[n:, :n] @ inverse @ k[:n, n:])
     assert mean == pytest.approx(dense, abs=1e-8)
     assert sd**2 == pytest.approx(variance, abs=1e-8)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_further_rows_extend_the_process_as_if_it_had_known_them(noise):
+    x, rows = data()
+    rows = replace(rows, noise=np.full(len(rows.u), noise))
+    parts = [Rows(**{f.name: getattr(rows, f.name)[cut] for f in fields(Rows)})
+             for cut in (slice(0, 30), slice(30, None))]  # fmt: skip
+    whole, extended = model_of(x, rows), model_of(x, parts[0]).extended(parts[1])
+    asked = (np.vstack([x[:3], x[-3:]]), [0, 1, 2, -1, -1, -1], [10.0] * 6)
+    for ours, theirs in zip(predict(extended, *asked), predict(whole, *asked), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-9)
 
 
 def test_the_kernel_is_positive_definite():
