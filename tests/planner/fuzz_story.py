@@ -87,6 +87,7 @@ class Story:
     async def begin(self) -> None:
         """A new process: it takes the run over and reads everything anew."""
         self.epoch += 1
+        self.repeated = (None, 0)  # every process loads the optimizer, however soon it dies
         self.world.seen = None  # it lists all jobs before its first turn
         ledger = Watched(self.world, lambda: self.spec, epoch=self.epoch)
         await ledger.fence()
