@@ -270,12 +270,34 @@ def _add_readers(verbs: Verbs[_Parser]) -> None:
 
 
 def _add_ledger(verbs: Verbs[_Parser]) -> None:
-    parser = _verb(
-        verbs, "ledger", "qtt_operator.verbs:ledger", "copy a run's event stream as JSON lines"
+    ledger = verbs.add_parser(
+        "ledger", help="a run's whole ledger as a file, and back", formatter_class=_Help,
+        description="A run's whole ledger as JSON lines, and back.",
+    )  # fmt: skip
+    actions = ledger.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+    export = _verb(
+        actions, "export", "qtt_operator.ledger_verb:export_verb", "write a run's ledger to a file"
     )
-    parser.add_argument("action", choices=("export",), help="what to do")
-    _run_argument(parser)
-    parser.add_argument("file", metavar="FILE", help="where to; - for standard output")
+    export.epilog = (
+        "With --redis-url RUN may be any run of that Redis, one of a cluster, too:\n"
+        "its name, NAMESPACE/NAME or its uid."
+    )
+    _run_argument(export)
+    export.add_argument("file", metavar="FILE", help="where to; - for standard output")
+    parser = _verb(
+        actions, "import", "qtt_operator.ledger_verb:import_verb", "put an exported ledger back"
+    )
+    parser.epilog = (
+        "All of it or nothing, and never over anything else: a run that is there and\n"
+        "differs is left alone. It is a record, to read and to learn from; `qtt run` does\n"
+        "not go on with it, for its checkpoints are elsewhere."
+    )
+    parser.add_argument("file", metavar="FILE", help="of `qtt ledger export`; - for standard input")
+    parser.add_argument("--name", metavar="NAME", help="what to call it here (default: as it was)")
+    _state_option(parser)
+    parser.add_argument(
+        "--redis-url", metavar="URL", help="import into this Redis, not into the state folder"
+    )
 
 
 def _add_metatrain(verbs: Verbs[_Parser]) -> None:

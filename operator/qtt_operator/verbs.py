@@ -111,21 +111,6 @@ def watch(arguments: argparse.Namespace) -> Outcome:
         time.sleep(max(0.1, arguments.interval))
 
 
-def ledger(arguments: argparse.Namespace) -> Outcome:
-    """`qtt ledger export RUN FILE`: a header, the configurations, then every event."""
-    from qtt_operator.record import read_ledger_of
-
-    folder = find_run(arguments.run, arguments.state_dir)
-    found = asyncio.run(read_ledger_of(folder, arguments.redis_url))
-    text = "\n".join(found.lines()) + "\n"
-    if arguments.file == "-":
-        return Outcome(text=text)
-    from qtt_operator.run_folder import write_atomically
-
-    write_atomically(Path(arguments.file), text)
-    return Outcome(text=f"{len(found.events)} events to {arguments.file}\n")
-
-
 # --- pieces ---------------------------------------------------------------------------------------
 
 
