@@ -55,11 +55,11 @@ def read_table(path: Path, space: SearchSpace | None = None) -> MetaDataset:
         states.append(mine[0].get("state") or "")
     raise_faults(faults)
     longest = max(map(len, curves))
-    space = space or _space_of([mine[0] for mine in runs.values()], longest)
+    space = space or space_of([mine[0] for mine in runs.values()], longest)
     guessed = [state or _state(curve, longest) for state, curve in zip(states, curves, strict=True)]
     return MetaDataset.from_records(
         space,
-        [_config(mine[0], space) for mine in runs.values()],
+        [config_of(mine[0], space) for mine in runs.values()],
         [[] if state == "failed" else c for c, state in zip(curves, guessed, strict=True)],
         seconds,
         [dataset for dataset, _ in runs],
@@ -106,7 +106,8 @@ def _descriptors(row: Mapping[str, str]) -> dict[str, float]:
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def _config(row: Mapping[str, str], space: SearchSpace) -> dict[str, object]:
+def config_of(row: Mapping[str, str], space: SearchSpace) -> dict[str, object]:
+    """The hyperparameters of a row, numbers where the space has a range; empty ones left out."""
     ranges = {name for name in space.names if space.legal(name) is None}
     return {
         name: float(row[name]) if name in ranges else row[name]
@@ -115,7 +116,8 @@ def _config(row: Mapping[str, str], space: SearchSpace) -> dict[str, object]:
     }
 
 
-def _space_of(rows: Iterable[Mapping[str, str]], longest: int) -> SearchSpace:
+def space_of(rows: Iterable[Mapping[str, str]], longest: int) -> SearchSpace:
+    """A space of the values that occur. Raises: SpecError for a column without any."""
     cs = ConfigurationSpace()
     rows = list(rows)
     cs.add(*(_hyperparameter(name, rows) for name in _names(rows[0])))

@@ -306,9 +306,10 @@ def _add_metatrain(verbs: Verbs[_Parser]) -> None:
         "learn a prior from runs that have ended",
     )  # fmt: skip
     parser.epilog = (
-        "SOURCE is a run, a file of `qtt ledger export` or a folder of them; or one table (CSV,\n"
-        "Parquet; docs/optimizer.md), or a folder of MetaDataset.save. At least two data sets,\n"
-        "one search space. `spec.search.portfolio: NAME` then uses it."
+        "SOURCE is a run, a file of `qtt ledger export` or a folder of them; or one table\n"
+        "(CSV, Parquet; docs/optimizer.md); or one folder: of MetaDataset.save, or as the\n"
+        "Quick-Tune paper and its tool publish their meta-data. At least two data sets, one\n"
+        "search space. `spec.search.portfolio: NAME` then uses it."
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="what to learn from")
     parser.add_argument("--name", required=True, metavar="NAME", help="what manifests call it")
