@@ -138,7 +138,10 @@ def draw(prior: MetaPrior, meta: MetaDataset, path: Path) -> bool:
         expected = squash_of(features).to_score(prior.trend(mine.configs, features)[:, -1])
         axes.plot(expected, mine.curves[:, -1], ".", label=task[:24])
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
-    axes.set(xlabel="expected final score", ylabel="final score", title=prior.name)
+    axes.set(
+        xlabel="expected final score", ylabel="final score", aspect="equal",
+        title=f"prior {prior.name}: the runs it was learned from",
+    )  # fmt: skip
     if len(meta.tasks) <= FEW_DATA_SETS:
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,5 +136,13 @@ def _hyperparameter(name: str, rows: list[Mapping[str, str]]) -> Hyperparameter[
         return (
             OrdinalHyperparameter(name, numbers) if len(numbers) > 1 else Categorical(name, values)
         )
-    low, high = numbers[0], numbers[-1]
+    low, high = _outward(numbers[0], math.floor), _outward(numbers[-1], math.ceil)
     return Float(name, (low, high), log=low > 0 and high / low > 100)
+
+
+def _outward(bound: float, to_integer: Callable[[float], int]) -> float:
+    """A bound at six digits, never inside the values: ConfigSpace rounds bounds to nine or so."""
+    if bound == 0:
+        return 0.0
+    scale = 10.0 ** (5 - math.floor(math.log10(abs(bound))))
+    return to_integer(bound * scale) / scale
