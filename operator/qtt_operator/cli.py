@@ -227,6 +227,11 @@ def _add_lint(verbs: Verbs[_Parser]) -> None:
     )
     parser.add_argument("manifest", type=Path, metavar="FILE", help="a TuningRun manifest (YAML)")
     _mount_option(parser)
+    parser.add_argument(
+        "--priors", type=Path, metavar="DIR",
+        help="folder of own priors; a prior that is neither shipped nor there is then a fault"
+        " (default: .quicktune/priors, and advice: a cluster's claim may hold it)",
+    )  # fmt: skip
     _format_option(parser)
 
 

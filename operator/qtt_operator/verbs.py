@@ -38,7 +38,7 @@ def lint(arguments: argparse.Namespace) -> Outcome:
     """`qtt lint FILE`: faults, advice, notes; exit 64 if there is a fault."""
     from qtt_operator.lint import lint_file
 
-    report = lint_file(arguments.manifest, parse_mounts(arguments.mount))
+    report = lint_file(arguments.manifest, parse_mounts(arguments.mount), arguments.priors)
     code = COMPLETE if report.ok else USAGE
     if arguments.output != "table":
         return Outcome(text=render_one(report.to_json(), arguments.output), code=code)
