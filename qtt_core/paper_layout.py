@@ -153,7 +153,8 @@ class _Rows:
             self.fault(ARGS, f"{run}.{missing[0]}", ABSENT, remedy)
             return None
         row = {name: _text(argued[name]) for name in ARGUMENTS}
-        row["final_batch_size"] = _text(argued.get("final_batch_size"))
+        ran = argued.get("final_batch_size")  # -1 stands for unknown in the published tables
+        row["final_batch_size"] = _text(ran) if isinstance(ran, int | float) and ran > 0 else ""
         try:
             config = config_of_arguments(row)
             plain = {name: "none" if value == "" else value for name, value in config.items()}

@@ -170,10 +170,13 @@ def test_seconds_of_a_node_without_accelerator_are_left_out_and_the_batch_is_wha
     paper, run = Paper(runs=2), "10_micro_set0_BRD_v1"
     paper.args[run] |= {"device": "cpu", "final_batch_size": 8, "batch_size": 64}
     paper.configs[run] = V1.canonical({**paper.configs[run], "batch_size": 8})
+    unknown = "00_micro_set0_BRD_v1"
+    paper.args[unknown]["final_batch_size"] = -1
 
     meta = from_paper_folder(paper.write(tmp_path))
 
     assert np.isnan(meta.seconds[row_of(meta, paper, run)]).all()
+    assert row_of(meta, paper, unknown) is not None
     assert np.isfinite(meta.seconds).any()
 
 
