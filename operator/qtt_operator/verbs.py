@@ -106,7 +106,7 @@ def watch(arguments: argparse.Namespace) -> Outcome:
             sys.stdout.write("  ".join(f"{name} {value}" for name, value in essence) + "\n")
             sys.stdout.flush()
             previous = essence
-        if status.get("phase") in {"Completed", "Failed"}:
+        if status.get("phase") in {"Completed", "Failed"} or _is_record(folder):
             return Outcome()
         time.sleep(max(0.1, arguments.interval))
 
@@ -172,6 +172,11 @@ def _log_entry(path: Path, run_dir: Path) -> Mapping[str, Any]:
     return {"attempt": str(path.relative_to(run_dir)), "state": state, "log": text}
 
 
+def _is_record(folder: RunFolder) -> bool:
+    """Whether it was imported: nobody works on it, and its status stayed where it ran."""
+    return bool(folder.read_facts().get("imported"))
+
+
 def _essence(folder: RunFolder, status: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a person asks first: where it stands, what it used, what is best."""
     consumed = status.get("consumed") or {}
@@ -183,7 +188,7 @@ def _essence(folder: RunFolder, status: Mapping[str, Any]) -> list[tuple[str, st
     ]
     lines = [
         ("run", folder.path.name),
-        ("phase", str(status.get("phase", "not started"))),
+        ("phase", str(status.get("phase", "imported" if _is_record(folder) else "not started"))),
         *told,
         ("steps", str(consumed.get("steps", 0))),
         ("device-seconds", str(consumed.get("gpuSeconds", 0))),

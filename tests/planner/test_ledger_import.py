@@ -95,10 +95,12 @@ def test_export_import_export_gives_the_same_bytes(qtt, exported, tmp_path):
     code, said, _ = qtt("ledger", "import", exported, *here)
     _, again, _ = qtt("ledger", "export", "rec", "-", *here)
     _, rows, _ = qtt("statistics", "rec", "-o", "json", *here)
+    watched, status, _ = qtt("watch", "rec", *here)  # ends: nobody works on it
 
     assert (code, said.split()[0]) == (0, str(len(exported.read_text().splitlines()) - 1))
     assert again == exported.read_text()
     assert {row["config_id"] for row in json.loads(rows)} == {0, 7, 9}
+    assert (watched, "phase imported" in status) == (0, True)
 
 
 def test_every_kind_of_event_comes_back_from_a_given_redis(qtt, store, tmp_path):
