@@ -1,7 +1,7 @@
-"""Reads meta-data in layouts that others publish, into `MetaDataset` (10-optimizer 9.1, 9.2, 10).
+"""The published micro runs as a table, and what all published layouts share (10-optimizer 9, 10).
 
-Each reader applies the layout's own rules, so that what was a fault of an old harness, a filler or
-a dry run never becomes something learned.
+Each reader (`paper_layout`, `tool_layout`, this one) applies the layout's own rules, so that a
+fault of the old harness, a filler or a dry run never becomes something learned.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ PLAIN = (
     "warmup_lr", "weight_decay",
 )  # fmt: skip
 """Columns whose values are the hyperparameter's."""
+ARGUMENTS = (
+    *PLAIN, "amp", "auto_augment", "clip_grad", "decay_epochs", "decay_rate", "layer_decay",
+    "linear_probing", "momentum", "opt_betas", "patience_epochs", "ra_magnitude", "ra_num_ops",
+    "random_augment", "stoch_norm", "trivial_augment",
+)  # fmt: skip
+"""What `config_of_arguments` reads of a training script's arguments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +55,8 @@ def read_runs(path: Path) -> list[Run]:
     space = build_space("quicktune-v1", load_hub("timm24"), max_fidelity=EPOCHS)
     return [
         Run(
-            run=row["run"], dataset=row["dataset"], config=space.canonical(_config(row)),
+            run=row["run"], dataset=row["dataset"],
+            config=space.canonical(config_of_arguments(row)),
             metafeatures=_metafeatures(row),
         )
         for row in _rows(path)
@@ -93,7 +100,7 @@ def from_runs_csv(path: Path) -> MetaDataset:
             seconds[i, -1] = spent if math.isfinite(spent) else np.nan
     return MetaDataset(
         space=space,
-        configs=tuple(space.canonical(_config(row)) for row, _ in kept),
+        configs=tuple(space.canonical(config_of_arguments(row)) for row, _ in kept),
         curves=curves,
         seconds=seconds,
         states=tuple(state for _, state in kept),
@@ -109,7 +116,7 @@ def _state(row: Mapping[str, str]) -> str | None:
     epochs, top1 = int(row["epochs_done"] or 0), row["top1"]
     losses = [row["train_loss"], row["eval_loss"]]
     broken = any(text.lower() == "nan" for text in losses)
-    fused = row["stoch_norm"] == "true" and row["model"].startswith(FUSED_BATCHNORM)
+    fused = lost_activations(row["model"], stoch_norm=row["stoch_norm"] == "true")
     half_time = row["linear_probing"] == "true" and epochs < EPOCHS
     if fused or half_time or (epochs == 1 and not broken):
         return None
@@ -122,8 +129,24 @@ def _state(row: Mapping[str, str]) -> str | None:
     return CENSORED if epochs > 1 and row["train_seconds_per_epoch"] else None
 
 
-def _config(row: Mapping[str, str]) -> dict[str, Scalar]:
-    """A row's hyperparameters by the space's names; fillers of inactive ones are dropped."""
+def lost_activations(model: str, *, stoch_norm: bool) -> bool:
+    """Whether the old harness trained a model without its activations: says nothing of ours."""
+    return stoch_norm and model.startswith(FUSED_BATCHNORM)
+
+
+def trained_epochs(known: int, total: int, *, linear_probing: bool) -> int:
+    """Epochs of a finite curve that say something, 0 for a run that says nothing.
+
+    A run with linear probing began by a dry run of one epoch, and its losses were NaN from the
+    unfreezing at half time on wherever it did not come to the end.
+    """
+    if not linear_probing or known >= total:
+        return min(known, total)
+    return 0 if known == 1 else min(known, total // 2)
+
+
+def config_of_arguments(row: Mapping[str, str]) -> dict[str, Scalar]:
+    """Arguments as text, by the space's names; fillers of inactive ones are dropped."""
     config: dict[str, Scalar] = {name: row[name] for name in PLAIN}
     for name in ("amp", "stoch_norm"):
         config[name] = row[name] == "true"

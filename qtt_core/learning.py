@@ -10,7 +10,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,31 @@ from qtt_core.ledger.file import read_ledger
 from qtt_core.long_format import KEYS, read_table
 from qtt_core.metadataset import MANIFEST, MetaDataset
 from qtt_core.metatrain import metatrain
+from qtt_core.paper_layout import from_paper_folder, is_paper_layout
 from qtt_core.prior import MetaPrior
+from qtt_core.tool_layout import from_tool_folder, is_tool_layout
 
 FEW_DATA_SETS = 8
 LEDGERS = (".jsonl", ".ndjson")
 USAGE = 64
 
 
+def _is_saved(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+FOLDERS: Mapping[Callable[[Path], bool], Callable[[Path], MetaDataset]] = {
+    _is_saved: MetaDataset.load,
+    is_paper_layout: from_paper_folder,
+    is_tool_layout: from_tool_folder,
+}
+"""How a folder of each kind is known, and how it is read."""
+
+
 def read_sources(paths: Sequence[Path]) -> MetaDataset:
-    """Ledger files (or a folder of them), or one table, or one folder of `MetaDataset.save`.
+    """Ledger files (or a folder of them), or one table, or one folder of meta-data.
+
+    Folders: of `MetaDataset.save`, or in a published layout (`paper_layout`, `tool_layout`).
 
     Raises: SpecError that says what can be read; OSError.
     """
@@ -45,18 +61,29 @@ def read_sources(paths: Sequence[Path]) -> MetaDataset:
 def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise SpecError([Fault("SOURCE", str(path), "no such file or folder")])
-    if path.is_dir() and not (path / MANIFEST).is_file():
+    if path.is_dir() and not any(is_one(path) for is_one in FOLDERS):
         inside = sorted(file for file in path.iterdir() if file.suffix in LEDGERS)
         if not inside:
-            remedy = f"holds neither *.jsonl of `qtt ledger export` nor {MANIFEST}"
-            raise SpecError([Fault("SOURCE", str(path), remedy)])
+            raise SpecError([Fault("SOURCE", str(path), _remedy(path))])
         return inside
     return [path]
 
 
+def _remedy(path: Path) -> str:
+    """What a folder that holds nothing to learn from should hold."""
+    within = sorted(item.name for item in path.iterdir() if item.is_dir() and is_paper_layout(item))
+    if within:
+        return f"holds several versions of the paper's meta-data; give one: {', '.join(within)}"
+    return (
+        f"holds neither *.jsonl of `qtt ledger export` nor {MANIFEST}, nor a published layout: "
+        "args.json and eval_top1.json, or config.csv and curve.csv"
+    )
+
+
 def _one(path: Path) -> MetaDataset:
-    if path.is_dir():
-        return MetaDataset.load(path)
+    for is_one, read in FOLDERS.items():
+        if path.is_dir() and is_one(path):
+            return read(path)
     if path.suffix == ".parquet":
         return read_table(path)
     with path.open(newline="", encoding="utf-8") as file:
@@ -111,7 +138,10 @@ def draw(prior: MetaPrior, meta: MetaDataset, path: Path) -> bool:
         expected = squash_of(features).to_score(prior.trend(mine.configs, features)[:, -1])
         axes.plot(expected, mine.curves[:, -1], ".", label=task[:24])
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
-    axes.set(xlabel="expected final score", ylabel="final score", title=prior.name)
+    axes.set(
+        xlabel="expected final score", ylabel="final score", aspect="equal",
+        title=f"prior {prior.name}: the runs it was learned from",
+    )  # fmt: skip
     if len(meta.tasks) <= FEW_DATA_SETS:
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

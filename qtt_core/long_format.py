@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,11 @@ def read_table(path: Path, space: SearchSpace | None = None) -> MetaDataset:
         states.append(mine[0].get("state") or "")
     raise_faults(faults)
     longest = max(map(len, curves))
-    space = space or _space_of([mine[0] for mine in runs.values()], longest)
+    space = space or space_of([mine[0] for mine in runs.values()], longest)
     guessed = [state or _state(curve, longest) for state, curve in zip(states, curves, strict=True)]
     return MetaDataset.from_records(
         space,
-        [_config(mine[0], space) for mine in runs.values()],
+        [config_of(mine[0], space) for mine in runs.values()],
         [[] if state == "failed" else c for c, state in zip(curves, guessed, strict=True)],
         seconds,
         [dataset for dataset, _ in runs],
@@ -106,7 +106,8 @@ def _descriptors(row: Mapping[str, str]) -> dict[str, float]:
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def _config(row: Mapping[str, str], space: SearchSpace) -> dict[str, object]:
+def config_of(row: Mapping[str, str], space: SearchSpace) -> dict[str, object]:
+    """The hyperparameters of a row, numbers where the space has a range; empty ones left out."""
     ranges = {name for name in space.names if space.legal(name) is None}
     return {
         name: float(row[name]) if name in ranges else row[name]
@@ -115,7 +116,8 @@ def _config(row: Mapping[str, str], space: SearchSpace) -> dict[str, object]:
     }
 
 
-def _space_of(rows: Iterable[Mapping[str, str]], longest: int) -> SearchSpace:
+def space_of(rows: Iterable[Mapping[str, str]], longest: int) -> SearchSpace:
+    """A space of the values that occur. Raises: SpecError for a column without any."""
     cs = ConfigurationSpace()
     rows = list(rows)
     cs.add(*(_hyperparameter(name, rows) for name in _names(rows[0])))
@@ -134,5 +136,13 @@ def _hyperparameter(name: str, rows: list[Mapping[str, str]]) -> Hyperparameter[
         return (
             OrdinalHyperparameter(name, numbers) if len(numbers) > 1 else Categorical(name, values)
         )
-    low, high = numbers[0], numbers[-1]
+    low, high = _outward(numbers[0], math.floor), _outward(numbers[-1], math.ceil)
     return Float(name, (low, high), log=low > 0 and high / low > 100)
+
+
+def _outward(bound: float, to_integer: Callable[[float], int]) -> float:
+    """A bound at six digits, never inside the values: ConfigSpace rounds bounds to nine or so."""
+    if bound == 0:
+        return 0.0
+    scale = 10.0 ** (5 - math.floor(math.log10(abs(bound))))
+    return to_integer(bound * scale) / scale

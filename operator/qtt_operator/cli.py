@@ -227,6 +227,11 @@ def _add_lint(verbs: Verbs[_Parser]) -> None:
     )
     parser.add_argument("manifest", type=Path, metavar="FILE", help="a TuningRun manifest (YAML)")
     _mount_option(parser)
+    parser.add_argument(
+        "--priors", type=Path, metavar="DIR",
+        help="folder of own priors; a prior that is neither shipped nor there is then a fault"
+        " (default: .quicktune/priors, and advice: a cluster's claim may hold it)",
+    )  # fmt: skip
     _format_option(parser)
 
 
@@ -270,12 +275,34 @@ def _add_readers(verbs: Verbs[_Parser]) -> None:
 
 
 def _add_ledger(verbs: Verbs[_Parser]) -> None:
-    parser = _verb(
-        verbs, "ledger", "qtt_operator.verbs:ledger", "copy a run's event stream as JSON lines"
+    ledger = verbs.add_parser(
+        "ledger", help="a run's whole ledger as a file, and back", formatter_class=_Help,
+        description="A run's whole ledger as JSON lines, and back.",
+    )  # fmt: skip
+    actions = ledger.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+    export = _verb(
+        actions, "export", "qtt_operator.ledger_verb:export_verb", "write a run's ledger to a file"
     )
-    parser.add_argument("action", choices=("export",), help="what to do")
-    _run_argument(parser)
-    parser.add_argument("file", metavar="FILE", help="where to; - for standard output")
+    export.epilog = (
+        "With --redis-url RUN may be any run of that Redis, one of a cluster, too:\n"
+        "its name, NAMESPACE/NAME or its uid."
+    )
+    _run_argument(export)
+    export.add_argument("file", metavar="FILE", help="where to; - for standard output")
+    parser = _verb(
+        actions, "import", "qtt_operator.ledger_verb:import_verb", "put an exported ledger back"
+    )
+    parser.epilog = (
+        "All of it or nothing, and never over anything else: a run that is there and\n"
+        "differs is left alone. It is a record, to read and to learn from; `qtt run` does\n"
+        "not go on with it, for its checkpoints are elsewhere."
+    )
+    parser.add_argument("file", metavar="FILE", help="of `qtt ledger export`; - for standard input")
+    parser.add_argument("--name", metavar="NAME", help="what to call it here (default: as it was)")
+    _state_option(parser)
+    parser.add_argument(
+        "--redis-url", metavar="URL", help="import into this Redis, not into the state folder"
+    )
 
 
 def _add_metatrain(verbs: Verbs[_Parser]) -> None:
@@ -284,9 +311,10 @@ def _add_metatrain(verbs: Verbs[_Parser]) -> None:
         "learn a prior from runs that have ended",
     )  # fmt: skip
     parser.epilog = (
-        "SOURCE is a run, a file of `qtt ledger export` or a folder of them; or one table (CSV,\n"
-        "Parquet; docs/optimizer.md), or a folder of MetaDataset.save. At least two data sets,\n"
-        "one search space. `spec.search.portfolio: NAME` then uses it."
+        "SOURCE is a run, a file of `qtt ledger export` or a folder of them; or one table\n"
+        "(CSV, Parquet; docs/optimizer.md); or one folder: of MetaDataset.save, or as the\n"
+        "Quick-Tune paper and its tool publish their meta-data. At least two data sets, one\n"
+        "search space. `spec.search.portfolio: NAME` then uses it."
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="what to learn from")
     parser.add_argument("--name", required=True, metavar="NAME", help="what manifests call it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,6 +43,13 @@ class RunContents:
     supply: Supply = field(default_factory=Supply)
     priors: str = ""
     """Folder of own priors, as the optimizer worker sees it."""
+
+    @property
+    def references(self) -> dict[str, str]:
+        """What the manifest refers to, as the store keeps it (`RedisLedger.refer`)."""
+        hub = self.spec.search.hub_ref
+        files = {} if hub is None else {"hub": json.dumps(self.hub.to_json())}
+        return files | ({"space": self.space_definition} if self.space_definition else {})
 
 
 def job_document(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qtt_core import spec
+from qtt_core.catalogue import choose
 from qtt_core.errors import Fault, SpecError
 from qtt_core.fields import raise_faults
 from qtt_core.hub import Hub, load_hub, read_hub, select
@@ -22,6 +23,7 @@ from qtt_core.spec import Reference, Search, TuningRun
 from qtt_core.steps import Config, digest
 from qtt_operator.abilities import not_installed, unreadable
 from qtt_operator.manifest_file import read_manifest, scan_manifest
+from qtt_operator.run_folder import DEFAULT_STATE_DIR, PRIORS
 
 _SPACE_REF, _HUB_REF = "spec.search.configSpaceRef", "spec.search.hubRef"
 
@@ -85,11 +87,14 @@ def load_checked(path: Path) -> CheckedRun:
     return checked
 
 
-def lint_file(path: Path, mounts: Mapping[str, Path] | None = None) -> LintReport:
+def lint_file(
+    path: Path, mounts: Mapping[str, Path] | None = None, priors: Path | None = None
+) -> LintReport:
     """Everything wrong with a manifest file; never raises for a user's mistake.
 
     `mounts`: claim -> folder, as given by `--mount`. A claim without a folder is only a note: the
-    manifest may be meant for a cluster. A mount that is not there is a fault.
+    manifest may be meant for a cluster. A mount that is not there is a fault. `priors`: folder of
+    own priors, as given by `--priors`; without it a prior that is not here is only advice.
     """
     try:
         raw, faults = scan_manifest(path)
@@ -102,13 +107,16 @@ def lint_file(path: Path, mounts: Mapping[str, Path] | None = None) -> LintRepor
         return LintReport(path=str(path), faults=tuple(faults))
     beside = path.absolute().parent
     checked, more = _resolve(run, beside) if _resolvable(wrong) else (None, [])
-    faults += [*more, *unreadable(run)]
+    unknown = _unknown_prior(checked, priors)
+    faults += [*more, *unreadable(run), *_folder_faults("--priors", priors)]
+    faults += [] if priors is None else unknown
     return LintReport(
         path=str(path),
         faults=tuple(faults),
         advice=(
             *spec.check_spec(run),
             *not_installed(run),  # no fault: the manifest may be meant for a cluster
+            *(unknown if priors is None else ()),  # likewise
             *(_space_advice(checked, beside) if checked else ()),
         ),
         notes=tuple(local_notes(run, beside, mounts or {})),
@@ -332,6 +340,24 @@ def _hub_advice(run: TuningRun, hub: Hub) -> list[Fault]:
         text = f"leaves out models whose weights load at their own size only: {', '.join(lost)}"
         found.append(Fault("spec.dataset.imageSize", size, text))
     return found
+
+
+def _unknown_prior(checked: CheckedRun | None, priors: Path | None) -> list[Fault]:
+    """What a run would say to its `portfolio`: neither shipped nor in the folder, or damaged."""
+    if checked is None:
+        return []
+    own = priors or Path(DEFAULT_STATE_DIR) / PRIORS
+    search, optimizer = checked.run.spec.search, checked.run.spec.optimizer
+    try:
+        choose(search.portfolio, algorithm=optimizer.algorithm, hub=checked.hub, own=own)
+    except SpecError as error:
+        return list(error.faults)
+    return []
+
+
+def _folder_faults(option: str, folder: Path | None) -> list[Fault]:
+    missing = folder is not None and not folder.is_dir()
+    return [Fault(option, str(folder), "no such folder")] if missing else []
 
 
 def _mount_faults(mounts: Mapping[str, Path]) -> list[Fault]:

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from qtt_core.errors import OptimizerError, StoreUnavailableError
+from qtt_core.errors import Fault, OptimizerError, SpecError, StoreUnavailableError
 from qtt_core.ledger.events import is_evaluation
 from qtt_core.ledger.fold import LedgerState, fold
 from qtt_core.plan import Identity, JobPhase, Plan
@@ -83,6 +83,7 @@ async def run_local(options: LocalOptions, view: View) -> AsyncIterator[Finished
     if options.fresh:
         _set_aside(setup.folder, view)
     with RunLock(setup.folder.path):
+        _refuse_record(setup.folder)
         uid = setup.folder.draw_uid()
         async with open_store(setup.folder.path, options.redis_url) as (store, advice):
             for note in (*setup.notes, *advice):
@@ -114,6 +115,13 @@ def _set_aside(folder: RunFolder, view: View) -> None:
     with RunLock(folder.path):
         kept = folder.set_aside(time.time())
     view.note(f"starting over; the old state is kept in {kept}")
+
+
+def _refuse_record(folder: RunFolder) -> None:
+    """Raises: SpecError for an imported run: its checkpoints are not here."""
+    if folder.read_facts().get("imported"):
+        remedy = f"{folder.path} is an import, to read and learn from; use another name, or --fresh"
+        raise SpecError([Fault("metadata.name", folder.path.name, remedy)])
 
 
 class _Runner:

@@ -18,8 +18,8 @@ from typing import Any
 from qtt_core.catalogue import CARD, is_name
 from qtt_core.errors import Fault, SpecError
 from qtt_operator.cli import Outcome
-from qtt_operator.record import read_ledger_of
-from qtt_operator.run_folder import PRIORS, find_run, write_atomically
+from qtt_operator.record import find_ledger
+from qtt_operator.run_folder import PRIORS, write_atomically
 
 COMMAND = (sys.executable, "-m", "qtt_core.learning")
 BAR = 30
@@ -52,8 +52,7 @@ def _source(text: str, arguments: argparse.Namespace, scratch: Path) -> Path:
     path = Path(text)
     if path.exists() and not (path / "uid").exists():
         return path
-    folder = find_run(text, arguments.state_dir)
-    ledger = asyncio.run(read_ledger_of(folder, arguments.redis_url))
+    ledger = asyncio.run(find_ledger(text, arguments.state_dir, arguments.redis_url))
     found = scratch / f"{len(list(scratch.iterdir())):04d}.jsonl"
     write_atomically(found, "\n".join(ledger.lines()) + "\n")
     return found

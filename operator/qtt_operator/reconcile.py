@@ -247,6 +247,7 @@ class Reconciler:
         Before the first Job, so that nothing is written that nobody would delete.
         """
         await run.ledger.describe(self._farewell.facts(found))
+        await run.ledger.refer(run.context.run.references)
         await run.backend.volumes.hand_over()
         self._stored(await self._wipe.promise(found, run.backend.owner))
         advice = one_node_advice(run.context.run.spec, self._settings.checkpoint_defaults)

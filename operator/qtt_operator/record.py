@@ -17,10 +17,11 @@ from qtt_core.ledger.events import Event
 from qtt_core.ledger.file import Ledger
 from qtt_core.ledger.fold import LedgerState, fold
 from qtt_core.steps import Config, Metric
+from qtt_operator.ledger_transfer import find_run_in, read_whole
 from qtt_operator.redis_client import connect
 from qtt_operator.redis_ledger import RedisLedger
 from qtt_operator.report import Checkpoint, Row, leaderboard, metric_of, statistics
-from qtt_operator.run_folder import RunFolder
+from qtt_operator.run_folder import RunFolder, find_run, is_run
 from qtt_operator.store import open_reader
 
 if TYPE_CHECKING:
@@ -106,13 +107,28 @@ async def read_record(folder: RunFolder, redis_url: str | None = None) -> RunRec
 
 
 async def read_ledger_of(folder: RunFolder, redis_url: str | None = None) -> Ledger:
-    """A run's ledger with what its events refer to. Raises: as `read_record`."""
+    """The ledger of a run's folder with what its events refer to. Raises: as `read_record`."""
     record = await read_record(folder, redis_url)
     facts = record.facts
     return Ledger(
         name=str(facts["name"]), uid=str(facts["uid"]), configs=record.configs,
         events=record.events, hub=facts.get("hub"), space=str(facts.get("space_definition", "")),
     )  # fmt: skip
+
+
+async def find_ledger(text: str, state_dir: Path, redis_url: str | None = None) -> Ledger:
+    """The ledger of a run by its name or folder here, or by its name or uid in a Redis.
+
+    A folder of that name comes first: it also knows the run's hub. Raises: as `read_record`;
+    SpecError that lists the runs there are.
+    """
+    if redis_url is None or is_run(text, state_dir):
+        return await read_ledger_of(find_run(text, state_dir), redis_url)
+    client = await connect(redis_url)
+    try:
+        return await read_whole(client, await find_run_in(client, text))
+    finally:
+        await client.aclose()
 
 
 async def _read(client: Redis, folder: RunFolder, facts: Mapping[str, Any]) -> RunRecord:

@@ -169,7 +169,7 @@ class RedisLedger:
         Raises: StoreUnavailableError; after a lost answer the same call says DUP.
         """
         c, to, attempt = _pseudo(event)
-        facts = _facts(event) if isinstance(event, Run) else {}
+        facts = facts_of(event) if isinstance(event, Run) else {}
         reply, stream_id = await self._run(
             "note",
             ("log", "meta", "open", "done", "head"),
@@ -197,9 +197,20 @@ class RedisLedger:
             await self.set_lifetime(None)
         await self._register()
 
+    async def refer(self, files: Mapping[str, str]) -> None:
+        """Keep the files that a manifest names, `hub` and `space` as JSON, for who learns of it."""
+        wire: dict[Any, Any] = dict(files)
+        if wire:
+            with store_errors(self.client):
+                await self.client.hset(self.key("refs"), mapping=wire)
+
+    async def references(self) -> dict[str, str]:
+        """What `refer` kept; empty for runs on shipped hubs and spaces."""
+        return await self._hash("refs")
+
     async def set_lifetime(self, seconds: int | None) -> Reply:
         """Let all keys expire after so many seconds; None keeps them, 0 deletes them now."""
-        names = ["meta", "log", "cfg", "open", "done", "head", "top", "snap"]
+        names = ["meta", "log", "cfg", "refs", "open", "done", "head", "top", "snap"]
         names += [f"curve:{c}" for c in await self._hash("head") if c.isdigit()]
         reply, _ = await self._run("lifetime", names, -1 if seconds is None else seconds)
         return reply
@@ -247,15 +258,10 @@ class RedisLedger:
 
     async def _run(self, script: str, keys: Sequence[str], *arguments: object) -> Answer:
         """Run a script by its digest; send its text where the server does not know it yet."""
-        text, sha = _script(script)
         names = [self.key(name) for name in keys]
         values = [str(self.epoch), *map(str, arguments)]
         with self._asking(script) as say:
-            try:
-                answer: Any = await self.client.evalsha(sha, len(names), *names, *values)
-            except NoScriptError:
-                answer = await self.client.eval(text, len(names), *names, *values)
-            word, stream_id = answer
+            word, stream_id = await call_script(self.client, script, names, values)
             say.append(str(word))
         try:
             return Reply(word), stream_id
@@ -274,6 +280,19 @@ class RedisLedger:
             await self.client.zadd(RUNS_KEY, {self.uid: float(seconds)})
 
 
+async def call_script(
+    client: Redis, script: str, keys: Sequence[str], values: Sequence[str]
+) -> tuple[str, str]:
+    """Run a script of `lua/`: (reply word, stream id or ""). Raises: what the client raises."""
+    text, sha = _script(script)
+    try:
+        answer: Any = await client.evalsha(sha, len(keys), *keys, *values)
+    except NoScriptError:
+        answer = await client.eval(text, len(keys), *keys, *values)
+    word, stream_id = answer
+    return str(word), str(stream_id)
+
+
 @cache
 def _script(name: str) -> tuple[str, str]:
     """A script's text, and the digest by which Redis knows it (SHA-1 by Redis's definition)."""
@@ -290,7 +309,7 @@ def _pseudo(event: Event) -> tuple[str, int, int]:
     return "", 0, 0
 
 
-def _facts(event: Run) -> Mapping[str, str]:
+def facts_of(event: Run) -> Mapping[str, str]:
     """What `meta` keeps of the run; the scripts read `step`, people the rest."""
     return {
         "schema": str(event.schema),

@@ -81,7 +81,7 @@ class RunFolder:
         return known
 
     def read_facts(self) -> Mapping[str, Any]:
-        """name, uid, root (of checkpoints), redis_url, image folders, last pid; empty if none."""
+        """name, uid, root (of checkpoints), image folders, files; `imported`: a record only."""
         try:
             raw = json.loads(self.facts_file.read_text())
         except (OSError, ValueError):
@@ -123,16 +123,24 @@ def volume_error(path: Path, error: OSError) -> VolumeError:
     return VolumeError(f"{what} {path}: {error.strerror or error}; nothing recorded is lost")
 
 
+def is_run(name: str, state_dir: Path) -> bool:
+    """Whether `find_run` finds one."""
+    return _candidate(name, state_dir) is not None
+
+
+def _candidate(name: str, state_dir: Path) -> RunFolder | None:
+    folders = (RunFolder(path=path) for path in (state_dir / name, Path(name)))
+    return next((folder for folder in folders if folder.read_uid() is not None), None)
+
+
 def find_run(name: str, state_dir: Path) -> RunFolder:
     """The folder of a started run, by its name below the state folder or by its path.
 
     Raises: SpecError that lists the runs there are.
     """
-    candidates = [state_dir / name, Path(name)]
-    for candidate in candidates:
-        folder = RunFolder(path=candidate)
-        if folder.read_uid() is not None:
-            return folder
+    folder = _candidate(name, state_dir)
+    if folder is not None:
+        return folder
     known = sorted(item.parent.name for item in state_dir.glob("*/uid"))
     there = f"runs here: {', '.join(known)}" if known else f"no run was started in {state_dir}"
     raise SpecError([Fault("RUN", name, f"use a run's name or its folder; {there}")])

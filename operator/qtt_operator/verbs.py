@@ -38,7 +38,7 @@ def lint(arguments: argparse.Namespace) -> Outcome:
     """`qtt lint FILE`: faults, advice, notes; exit 64 if there is a fault."""
     from qtt_operator.lint import lint_file
 
-    report = lint_file(arguments.manifest, parse_mounts(arguments.mount))
+    report = lint_file(arguments.manifest, parse_mounts(arguments.mount), arguments.priors)
     code = COMPLETE if report.ok else USAGE
     if arguments.output != "table":
         return Outcome(text=render_one(report.to_json(), arguments.output), code=code)
@@ -106,24 +106,9 @@ def watch(arguments: argparse.Namespace) -> Outcome:
             sys.stdout.write("  ".join(f"{name} {value}" for name, value in essence) + "\n")
             sys.stdout.flush()
             previous = essence
-        if status.get("phase") in {"Completed", "Failed"}:
+        if status.get("phase") in {"Completed", "Failed"} or _is_record(folder):
             return Outcome()
         time.sleep(max(0.1, arguments.interval))
-
-
-def ledger(arguments: argparse.Namespace) -> Outcome:
-    """`qtt ledger export RUN FILE`: a header, the configurations, then every event."""
-    from qtt_operator.record import read_ledger_of
-
-    folder = find_run(arguments.run, arguments.state_dir)
-    found = asyncio.run(read_ledger_of(folder, arguments.redis_url))
-    text = "\n".join(found.lines()) + "\n"
-    if arguments.file == "-":
-        return Outcome(text=text)
-    from qtt_operator.run_folder import write_atomically
-
-    write_atomically(Path(arguments.file), text)
-    return Outcome(text=f"{len(found.events)} events to {arguments.file}\n")
 
 
 # --- pieces ---------------------------------------------------------------------------------------
@@ -187,6 +172,11 @@ def _log_entry(path: Path, run_dir: Path) -> Mapping[str, Any]:
     return {"attempt": str(path.relative_to(run_dir)), "state": state, "log": text}
 
 
+def _is_record(folder: RunFolder) -> bool:
+    """Whether it was imported: nobody works on it, and its status stayed where it ran."""
+    return bool(folder.read_facts().get("imported"))
+
+
 def _essence(folder: RunFolder, status: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a person asks first: where it stands, what it used, what is best."""
     consumed = status.get("consumed") or {}
@@ -198,7 +188,7 @@ def _essence(folder: RunFolder, status: Mapping[str, Any]) -> list[tuple[str, st
     ]
     lines = [
         ("run", folder.path.name),
-        ("phase", str(status.get("phase", "not started"))),
+        ("phase", str(status.get("phase", "imported" if _is_record(folder) else "not started"))),
         *told,
         ("steps", str(consumed.get("steps", 0))),
         ("device-seconds", str(consumed.get("gpuSeconds", 0))),

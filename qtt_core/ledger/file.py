@@ -1,7 +1,8 @@
 """A run's ledger as a file: JSON lines, a header, then one event a line (`qtt ledger export`).
 
-The header has schema, name, configurations, and hub and space where the manifest refers to them:
-with the file nothing else is needed to learn from the run.
+The header has schema, name, configurations, the number of events, and hub and space where the
+manifest refers to them: with the file nothing else is needed to learn from the run. The same
+ledger is the same bytes, wherever it was read from.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from qtt_core.errors import Fault, LedgerError, NewerSchemaError, SpecError
 from qtt_core.ledger.events import SCHEMA, Event, from_fields, to_fields
+from qtt_core.ledger.fold import position
 from qtt_core.steps import Config
 
 
@@ -32,15 +34,27 @@ class Ledger:
         """JSON lines, header first."""
         header = {
             "k": "header", "schema": SCHEMA, "uid": self.uid, "name": self.name,
-            "configs": dict(self.configs),
+            "events": len(self.events),
+            "configs": {
+                c: dict(sorted(self.configs[c].items())) for c in sorted(self.configs, key=_number)
+            },
             "hub": None if self.hub is None else dict(self.hub), "space": self.space,
         }  # fmt: skip
         told = ({"id": event.id, **to_fields(event)} for event in self.events)
         return [json.dumps(line, allow_nan=False) for line in (header, *told)]
 
 
+def _number(c: str) -> tuple[int, str]:
+    """Configurations in order of their numbers: a store hands them out in any order."""
+    return (int(c) if c.isdecimal() else -1, c)
+
+
 def parse_ledger(lines: Iterable[str], where: str) -> Ledger:
-    """The inverse of `Ledger.lines`. Raises: SpecError naming the line; NewerSchemaError."""
+    """The inverse of `Ledger.lines`.
+
+    Raises: SpecError naming the line, also for a file of fewer or more events than its header says;
+    NewerSchemaError.
+    """
     header: dict[str, Any] | None = None
     events: list[Event] = []
     for number, text in enumerate(lines, start=1):
@@ -49,7 +63,7 @@ def parse_ledger(lines: Iterable[str], where: str) -> Ledger:
             if header is None:
                 header = _header(raw)
             else:
-                events.append(from_fields(str(raw.pop("id")), raw))
+                events.append(_event(raw, events))
         except (ValueError, KeyError, AttributeError, TypeError, LedgerError) as error:
             if isinstance(error, NewerSchemaError):
                 raise
@@ -57,6 +71,9 @@ def parse_ledger(lines: Iterable[str], where: str) -> Ledger:
             raise SpecError([Fault(f"{where}:{number}", text[:80], remedy)]) from error
     if header is None:
         raise SpecError([Fault(where, "empty", "is no file of `qtt ledger export`")])
+    if len(events) != header["events"]:
+        remedy = f"its header says {header['events']}: the file was cut; export it again"
+        raise SpecError([Fault(where, f"{len(events)} events", remedy)])
     return Ledger(
         name=str(header["name"]), uid=str(header["uid"]), configs=header["configs"],
         events=events, hub=header.get("hub"), space=str(header.get("space") or ""),
@@ -66,11 +83,28 @@ def parse_ledger(lines: Iterable[str], where: str) -> Ledger:
 def _header(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("k") != "header":
         raise ValueError("the first line is no header")
-    if int(raw["schema"]) > SCHEMA:
-        raise NewerSchemaError(f"ledger schema {raw['schema']} is newer than {SCHEMA}; upgrade")
-    return {**raw, "configs": dict(raw["configs"])}
+    schema = int(raw["schema"])
+    if schema > SCHEMA:
+        raise NewerSchemaError(f"ledger schema {schema} is newer than {SCHEMA}; upgrade")
+    if schema != SCHEMA:
+        raise ValueError(f"schema {schema} is unknown, this version reads {SCHEMA}")
+    configs = {str(c): dict(config) for c, config in raw["configs"].items()}
+    return {**raw, "configs": configs, "events": int(raw["events"])}
+
+
+def _event(raw: dict[str, Any], before: Sequence[Event]) -> Event:
+    event = from_fields(str(raw.pop("id")), raw)
+    last = before[-1].id if before else "0-0"
+    if position(event.id) <= position(last):
+        raise ValueError(f"event {event.id} comes after {last}")
+    return event
 
 
 def read_ledger(path: Path) -> Ledger:
     """A ledger file. Raises: OSError; as `parse_ledger`."""
-    return parse_ledger(path.read_text(encoding="utf-8").splitlines(), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        remedy = f"is no file of `qtt ledger export`: {error}"
+        raise SpecError([Fault(str(path), "no text", remedy)]) from error
+    return parse_ledger(text.splitlines(), str(path))

@@ -3,12 +3,14 @@
 `python -m qtt_core.testing.trainer prepare|step` reads the job document from $QTT_STEP, remembers
 committed epochs in the run's folder, and answers by termination message and exit code as the real
 one does. Scores depend on the configuration alone and the seconds it *reports* are fixed, so that a
-run through Jobs decides exactly like a run in one process; how long it really takes is $QTT_SLEEP.
+run through Jobs decides exactly like a run in one process; how long it really takes is $QTT_SLEEP,
+and which images it says to have found is $QTT_DATA.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -52,7 +54,7 @@ def result_of(command: str, document: JobDocument, volume: Volume) -> StepResult
     """What the trainer answers to a job; commits its epochs on the volume."""
     result = StepResult(attempt=document.attempt, nonce=document.nonce, state=State.OK)
     if command == "prepare":
-        return replace(result, prepared=dict(FACTS))
+        return replace(result, prepared=_facts(os.environ.get("QTT_DATA", "")))
     if command == "weights":
         return result
     if command == "evaluate":
@@ -65,6 +67,12 @@ def result_of(command: str, document: JobDocument, volume: Volume) -> StepResult
         epochs.append(Epoch(epoch=epoch, value=value, seconds=SECONDS_PER_EPOCH))
     volume.save()
     return replace(result, epochs=tuple(epochs), checkpoint_sha256="0" * 64, cached=cached)
+
+
+def _facts(data: str) -> dict[str, Any]:
+    """What `prepare` found; runs on other data say so by another fingerprint."""
+    fingerprint = hashlib.sha256(data.encode()).hexdigest() if data else FACTS["fingerprint"]
+    return {**FACTS, "fingerprint": fingerprint}
 
 
 def _scored(folder: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,18 @@ from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 from value_sets import Object, one
 
+from qtt_core.ledger.file import Ledger
 from qtt_core.ledger.fold import fold
-from qtt_core.testing.ledger_contract import LedgerContract, Writer, started, step
-from qtt_operator import redis_client, redis_ledger
+from qtt_core.testing.ledger_contract import (
+    CONFIG,
+    LedgerContract,
+    Writer,
+    opening,
+    run_event,
+    started,
+    step,
+)
+from qtt_operator import ledger_transfer, redis_client, redis_ledger
 from qtt_operator.redis_ledger import RedisLedger
 from qtt_operator.redis_server import server_binary
 from qtt_operator.store import EmbeddedStore
@@ -100,6 +110,23 @@ def test_the_controllers_own_calls_are_allowed(store: EmbeddedStore) -> None:
         assert await redis_client.check_store(client) == []
         await redis_client.server_clock_offset(client)
         await redis_client.find_runs(client)
+
+    as_user(store, scenario)
+
+    assert refusals(store) == []
+
+
+def test_a_ledger_may_be_exported_and_imported(store: EmbeddedStore) -> None:
+    run = replace(run_event(), id="1-0")
+    ledger = Ledger(
+        name=run.name, uid=uuid.uuid4().hex, configs={"3": CONFIG},
+        events=[run, replace(opening(), id="2-0")], hub={"cards": []},
+    )  # fmt: skip
+
+    async def scenario(client: Redis) -> None:
+        assert await ledger_transfer.put_whole(client, ledger, "x")
+        assert await ledger_transfer.find_run_in(client, ledger.uid) == ledger.uid
+        assert await ledger_transfer.read_whole(client, ledger.uid) == ledger
 
     as_user(store, scenario)
 

@@ -1,6 +1,7 @@
 """From ledgers and tables to a prior, through the process that `qtt metatrain` starts."""
 
 import csv
+import importlib.util
 import json
 import math
 
@@ -127,6 +128,9 @@ def test_a_folder_of_ledgers_becomes_a_prior_with_card_and_progress(tmp_path, ca
     assert prior.name == "mine"
     card = (tmp_path / "prior" / "README.md").read_text()
     assert card in said[-1]["report"]
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    assert (tmp_path / "prior" / "expected.png").exists() == drawn
+    assert ("No picture" in said[-1]["report"]) != drawn
     for words in (
         "rank correlation",
         "80 % interval",
@@ -203,6 +207,46 @@ def test_a_table_of_epochs_is_read_with_a_space_made_of_its_values(tmp_path):
     assert meta.states[5] == "censored"
     assert meta.metafeatures["d0"] == {"n_train": 500.0}
     assert read_sources([tmp_path / "t.csv"]).sha == meta.sha
+
+
+def test_the_values_at_the_ends_of_a_range_are_inside_it(tmp_path):
+    """As logs have them, with all their digits; bounds were rounded past them."""
+    rates = [*10 ** np.random.default_rng(7).uniform(-7, -1, 40), -0.123456789012345, 1 / 3]
+    rows = [("d", f"r{i}", 1, 0.5, 1.0, 5, repr(float(x)), 2, "sgd") for i, x in enumerate(rates)]
+
+    meta = read_table(table(tmp_path / "t.csv", rows))
+
+    assert [config["lr"] for config in meta.configs] == pytest.approx(rates, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_is_the_same_as_csv_and_as_parquet(tmp_path, kind):
+    rows = [
+        {
+            "dataset": f"d{run % 2}", "run": f"r{run}", "epoch": epoch,
+            "score": None if run == 3 and epoch > 1 else epoch / 10, "seconds": 1.5,
+            "meta:n_train": 500, "lr": 10.0 ** (-run / 4), "depth": 2 + run % 3,
+            "amp": run % 2 == 0,
+        }
+        for run in range(16)
+        for epoch in (1, 2, 3)
+    ]  # fmt: skip
+    path = tmp_path / f"t.{kind}"
+    if kind == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        arrow = pytest.importorskip("pyarrow", reason="of the extra [meta], which CI lacks")
+        pytest.importorskip("pyarrow.parquet").write_table(arrow.Table.from_pylist(rows), path)
+
+    meta = read_sources([path])
+
+    assert meta.states[3] == "diverged"
+    assert meta.curves[0] == pytest.approx(np.array([0.1, 0.2, 0.3]))
+    assert meta.configs[5] == {"lr": pytest.approx(10**-1.25), "depth": 4.0, "amp": "False"}
+    assert meta.metafeatures["d1"] == {"n_train": 500.0}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from ConfigSpace import ConfigurationSpace, Float
 
+from qtt_core.catalogue import CARD, SHIPPED
 from qtt_core.errors import SpecError
 from qtt_core.hub import load_hub
 from qtt_operator.lint import LintReport, lint_file, load_checked, load_run
@@ -455,3 +457,68 @@ def test_linting_loads_no_torch(root: Path) -> None:
     )
 
     assert ended.returncode == 0, ended.stderr
+
+
+# --- priors ---------------------------------------------------------------------------------------
+
+QUICKTUNE = "  search: {space: native, hub: tiny, portfolio: PRIOR}\n"
+
+
+@pytest.fixture
+def priors(tmp_path: Path) -> Path:
+    """A folder of own priors that holds `fish`."""
+    folder = tmp_path / "own"
+    (folder / "fish").mkdir(parents=True)
+    shutil.copy(SHIPPED / "micro" / CARD, folder / "fish" / CARD)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["Auto", "None", "micro", "mtlbm/mini", "fish"])
+def test_a_prior_that_is_shipped_or_in_the_folder_is_fine(
+    write: Write, priors: Path, name: str
+) -> None:
+    report = lint_file(write(QUICKTUNE.replace("PRIOR", name)), priors=priors)
+
+    assert (report.faults, report.advice) == ((), ())
+
+
+def test_a_prior_that_is_nowhere_is_a_fault_that_lists_those_there_are(
+    write: Write, priors: Path
+) -> None:
+    report = lint_file(write(QUICKTUNE.replace("PRIOR", "birds")), priors=priors)
+
+    (fault,) = report.faults
+    assert (fault.field, fault.value) == ("spec.search.portfolio", "birds")
+    assert all(word in fault.expected for word in ("Auto", "micro", "there: fish", "metatrain"))
+
+
+def test_without_the_folder_it_is_advice_for_a_cluster_may_hold_it(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = lint_file(write(QUICKTUNE.replace("PRIOR", "birds")))
+
+    assert report.faults == ()
+    assert [fault.field for fault in report.advice] == ["spec.search.portfolio"]
+
+
+def test_an_algorithm_that_reads_no_prior_may_name_any(write: Write, priors: Path) -> None:
+    random = QUICKTUNE.replace("PRIOR", "birds") + "  optimizer: {algorithm: Random}\n"
+
+    assert lint_file(write(random), priors=priors).faults == ()
+
+
+def test_a_folder_of_priors_that_is_not_there_is_named(write: Write, tmp_path: Path) -> None:
+    report = lint_file(write(QUICKTUNE.replace("PRIOR", "micro")), priors=tmp_path / "none")
+
+    assert messages(report) == [f"--priors: '{tmp_path / 'none'}'; no such folder"]
+
+
+def test_the_command_line_takes_the_folder(write: Write, priors: Path) -> None:
+    path = write(QUICKTUNE.replace("PRIOR", "birds"))
+    words = [sys.executable, "-m", "qtt_operator", "lint", str(path), "--priors", str(priors)]
+
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 64
+    assert "spec.search.portfolio: 'birds'" in done.stdout

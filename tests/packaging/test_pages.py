@@ -23,7 +23,7 @@ LINK = re.compile(r"\]\((?P<target>[^)#\s]+)(#[^)]*)?\)")
 VERBS = {
     "kubectl": {
         "annotate", "apply", "create", "delete", "describe", "exec", "get", "label", "logs",
-        "patch", "rollout", "scale", "wait",
+        "patch", "port-forward", "rollout", "scale", "wait",
     },
     "helm": {"install", "rollback", "test", "uninstall", "upgrade"},
     "docker": {"build", "push"},

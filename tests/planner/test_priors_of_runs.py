@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,13 +51,21 @@ def test_a_run_begins_with_what_two_earlier_ones_taught(tmp_path):
         done = toy_run(manifest(tmp_path, name, "None", algorithm="Random"), state, data=data)
         assert done.returncode == 0, done.stderr
 
-    learned = qtt("metatrain", "one", "two", "--name", "ours", "--state-dir", str(state))
+    elsewhere = tmp_path / "elsewhere"  # another machine, to which the ledgers come as files
+    for name in ("one", "two"):
+        file = str(tmp_path / f"{name}.jsonl")
+        qtt("ledger", "export", name, file, "--state-dir", str(state))
+        moved = qtt("ledger", "import", file, "--state-dir", str(elsewhere))
+        assert moved.returncode == 0, moved.stderr
+    shutil.rmtree(state)
+
+    learned = qtt("metatrain", "one", "two", "--name", "ours", "--state-dir", str(elsewhere))
     assert learned.returncode == 0, learned.stderr
     assert "of 2 data sets" in learned.stdout
     assert "spec.search.portfolio: ours" in learned.stdout
     assert "100 %" in learned.stderr
     path = manifest(tmp_path, "three", "ours")
-    third = toy_run(path, state, f"--priors={state / 'priors'}", data="c" * 16)
+    third = toy_run(path, state, f"--priors={elsewhere / 'priors'}", data="c" * 16)
 
     assert third.returncode == 0, third.stderr
     exported = qtt("ledger", "export", "three", "-", "--state-dir", str(state)).stdout.splitlines()
