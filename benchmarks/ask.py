@@ -19,6 +19,7 @@ from time import perf_counter
 import numpy as np
 import psutil
 import torch
+from threadpoolctl import threadpool_limits
 from transfer import UNSEEN, WORLD, prior
 
 from qtt_core.optimizer import ALGORITHMS, QuickTune, replay
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="data sets")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    threadpool_limits(1)
     given = prior("58")
     short = []
     seeds = range(asked.seeds)

@@ -38,6 +38,10 @@ class Beliefs(Protocol):
     def parameters(self, encoder: Encoder, seed: int) -> Parameters:
         """Of the curve process, before anything was fitted."""
 
+    @property
+    def spread(self) -> float:
+        """How much too sure the process is of where training ends."""
+
     def log_seconds(self, configs: Sequence[Config]) -> Array | None:
         """Log seconds of an epoch, (n,); None: nothing is known."""
 
@@ -68,6 +72,11 @@ class ColdBeliefs:
     def parameters(self, encoder: Encoder, seed: int) -> Parameters:
         """The process' own prior."""
         return prior_parameters(encoder, seed)
+
+    @property
+    def spread(self) -> float:
+        """As made-up data sets say (benchmarks/calibration.py)."""
+        return 1.2
 
     def log_seconds(self, configs: Sequence[Config]) -> Array | None:
         """Nothing: the cost model has its own prior by column."""
@@ -128,6 +137,11 @@ class WarmBeliefs:
     def parameters(self, encoder: Encoder, seed: int) -> Parameters:
         """The prior's, by column name; columns it has never seen begin as in a cold start."""
         return adapted(self.prior.parameters, self.prior.columns, encoder, seed)
+
+    @property
+    def spread(self) -> float:
+        """The prior's."""
+        return self.prior.spread
 
     def log_seconds(self, configs: Sequence[Config]) -> Array | None:
         """The prior's."""

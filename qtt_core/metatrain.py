@@ -26,6 +26,7 @@ from qtt_core.hierarchy import Basis, Products, fit_hierarchy, fit_products, nar
 from qtt_core.linear import Linear, fit_linear
 from qtt_core.metadataset import CENSORED, DIVERGED, FAILED, OK, MetaDataset
 from qtt_core.prior import MetaPrior
+from qtt_core.spread import begun, spread
 from qtt_core.surrogate import (
     GRID,
     Parameters,
@@ -72,14 +73,14 @@ def metatrain(
     encoder = build_encoder(meta.space, meta.hub)
     basis, factor = _learn_transfer(table, held_out)
     progress("learning how curves differ", 0.85)
-    parameters = _learn_process(meta, table, held_out, basis(table.x) @ factor, seed)
+    parameters, spread = _learn_process(meta, table, held_out, basis(table.x) @ factor, seed)
     return MetaPrior(
         space=meta.space, hub=meta.hub, descriptors=table.descriptors, columns=encoder.columns,
         forests={n: f for n, f in models.forests.items() if f is not None},
         slopes=held_out.slopes, level_products=models.level_products,
         seconds_products=models.seconds_products, narrow=basis, factor=factor,
         difficulty=models.difficulty, pace=models.pace,
-        seconds_sd=_deviation(held_out.seconds_error), parameters=parameters,
+        seconds_sd=_deviation(held_out.seconds_error), parameters=parameters, spread=spread,
         span=np.stack([table.x.min(0), table.x.max(0)]),
         name=name or f"{len(meta.tasks)} data sets", card=_card(meta, table, held_out, seed),
     )  # fmt: skip
@@ -366,13 +367,17 @@ def _learn_transfer(table: _Table, held_out: _HeldOut) -> tuple[Basis, Array]:
 
 def _learn_process(
     meta: MetaDataset, table: _Table, held_out: _HeldOut, psi: Array, seed: int
-) -> Parameters:
-    """What the curve process must expect: fitted to what the trend leaves on unseen data sets."""
+) -> tuple[Parameters, float]:
+    """What the curve process must expect, fitted to what the trend leaves on unseen data sets.
+
+    And by how much its forecasts of their ends are too sure.
+    """
     encoder = build_encoder(meta.space, meta.hub)
     _, member = groups_of(encoder)
     rng = np.random.default_rng([seed & (2**63 - 1), 12])
     tasks = rng.permutation(np.unique(table.task))[:LEARNING_TASKS]
-    sets = []
+    cut = np.random.default_rng([seed & (2**63 - 1), 13])
+    sets, starts = [], []
     for i in tasks:
         usable = np.isfinite(held_out.trend[:, 0]) & np.isfinite(table.u).any(axis=1)
         mine = np.flatnonzero((table.task == i) & usable)
@@ -382,10 +387,13 @@ def _learn_process(
         rows = _points(table, chosen, table.squashes[i], rng)
         x = np.hstack([encoder([meta.configs[j] for j in chosen]), psi[chosen]])
         sets.append(Curves(x=x, trend=held_out.trend[chosen], rows=rows))
+        starts.append(begun(table.u[chosen], table.squashes[i], cut))
     start = prior_parameters(encoder, seed)
     if not sets:
-        return start
-    return fit(start, member, sets, max_fidelity=meta.space.max_fidelity, steps=LEARNING_STEPS)
+        return start, 1.0
+    full = meta.space.max_fidelity
+    found = fit(start, member, sets, max_fidelity=full, steps=LEARNING_STEPS)
+    return found, spread(found, member, sets, starts, max_fidelity=full)
 
 
 def _points(

@@ -74,6 +74,8 @@ class MetaPrior:
     """Deviation of log seconds around the prediction, the data set's level known."""
     parameters: Parameters
     """Of the curve process on what the trend leaves unexplained."""
+    spread: float = 1.0
+    """What the deviations of forecasts are multiplied by (`qtt_core.spread`)."""
     span: Array | None = None
     """(2, D): least and greatest value of each input in what it was fitted to."""
     name: str = ""
@@ -189,7 +191,7 @@ class MetaPrior:
             "schema": SCHEMA, "name": self.name, "space": space_to_json(self.space),
             "hub": None if self.hub is None else self.hub.to_json(),
             "descriptors": list(self.descriptors), "columns": list(self.columns),
-            "seconds_sd": self.seconds_sd,
+            "seconds_sd": self.seconds_sd, "spread": self.spread,
             "files": {WEIGHTS: hashlib.sha256(content).hexdigest()}, "card": dict(self.card),
         }  # fmt: skip
         (folder / CARD).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -268,7 +270,7 @@ def _parsed(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Met
         seconds_products=_record(Products, "seconds_products", arrays),
         slopes=arrays["slopes"], factor=arrays["factor"], span=arrays.get("span"),
         seconds_sd=float(about["seconds_sd"]), parameters=_record(Parameters, "parameters", arrays),
-        name=str(about["name"]), card=about["card"],
+        spread=float(about.get("spread", 1.0)), name=str(about["name"]), card=about["card"],
     )  # fmt: skip
 
 
