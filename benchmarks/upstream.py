@@ -101,7 +101,12 @@ def theirs(index: int, steps: int, options: dict[str, Any]) -> Search:
     source, result = FOLDER / "in.json", FOLDER / "out.json"
     source.write_text(json.dumps(given))
     script = ROOT / "benchmarks/upstream_search.py"
-    clean = {**os.environ, "PYTHONPATH": str(FOLDER / "stand_in"), "OMP_NUM_THREADS": "1"}
+    clean = {
+        **os.environ,
+        "PYTHONPATH": str(FOLDER / "stand_in"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     subprocess.run([environment(), "-P", script, source, result], env=clean, check=True)
     done = json.loads(result.read_text())
     return followed(task, [(configs[i], epoch - 1, epoch) for i, epoch in done["chosen"]],
