@@ -1,4 +1,4 @@
-"""docs/own-trainer.md says what the code does: exit codes, keys of the job, the answer."""
+"""The trainer's two pages say what the code does: exit codes, keys, hyperparameters, tests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qtt_core.axes import TABLES
 from qtt_core.jobs import JobDocument, Limits, Paths, Task
 from qtt_core.results import EXIT_CODES, MESSAGE_BYTES, State, StepResult
 from qtt_core.steps import METRICS, Metric
@@ -86,3 +87,29 @@ def test_every_key_of_the_answer_is_read(page: str) -> None:
         "cached": got.cached, "prepared": got.prepared,
     }  # fmt: skip
     assert read == told
+
+
+# --- docs/trainer.md ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def strategies(root: Path) -> str:
+    return (root / "docs" / "trainer.md").read_text()
+
+
+def test_every_test_that_the_page_names_exists(strategies: str, root: Path) -> None:
+    written = "".join(path.read_text() for path in (root / "tests" / "trainer").glob("test_*.py"))
+
+    named = set(re.findall(r"`(test_\w+)`", strategies))
+
+    assert {name for name in named if f"def {name}(" not in written} == set()
+    assert len(named) > 30
+
+
+def test_every_hyperparameter_of_the_spaces_has_a_row(strategies: str) -> None:
+    first = " ".join(line.split("|")[1] for line in strategies.splitlines() if "|" in line)
+    named = {word for text in quoted(first) for word in re.findall(r"\w+", text)}
+
+    searched = {name for table in TABLES.values() for name in table.names}
+
+    assert searched - named == {"model", "lr"}, "what a model and a rate are needs no row"
