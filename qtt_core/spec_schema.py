@@ -287,8 +287,8 @@ TRAINER = section(
     "Who trains: the image that is shipped, or one of your own.",
     {
         "custom": boolean(
-            "The template's image brings its own trainer and keeps the process contract; one "
-            "machine has no such image and refuses it.",
+            "A trainer of your own, which keeps the step contract: the template's image, or on one "
+            "machine the command of --trainer.",
             default=False,
         ),
         "devices": integer(

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import traceback
@@ -213,6 +214,10 @@ def _add_run(verbs: Verbs[_Parser]) -> None:
     parser.add_argument(
         "--priors", type=Path, metavar="DIR",
         help="folder of own priors that spec.search.portfolio may name (default: STATE_DIR/priors)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trainer", type=shlex.split, default=(), metavar="COMMAND",
+        help="how a trainer of your own is started (spec.trainer.custom): COMMAND step, … prepare",
     )  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="start over; the old state is kept")
     parser.add_argument("--redis-url", metavar="URL", help="use this Redis, not an embedded one")

@@ -30,9 +30,12 @@ async def score_on(
     folder = images.expanduser().resolve()
     if not folder.is_dir():
         raise DataError(f"--test {images}: no such folder; it holds one folder per class")
+    run = contents_of(record)
+    if run.spec.trainer.custom:
+        raise DataError("--test: this run has a trainer of its own, and ours cannot score for it")
     cuda = count_cuda()
     names = parse_devices(devices, cuda) if devices else default_devices(1, 1, cuda)
-    document = document_for(contents_of(record), record, split=folder.name, data=folder.parent)
+    document = document_for(run, record, split=folder.name, data=folder.parent)
     with tempfile.TemporaryDirectory(prefix="qtt-evaluate-") as scratch:
         backend = LocalBackend(make_slots(names[:1], count_cores()), state_dir=Path(scratch))
         try:

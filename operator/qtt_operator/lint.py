@@ -8,6 +8,7 @@ starts nothing, writes nothing, needs no cluster and loads no torch.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,17 +75,29 @@ def load_run(path: Path) -> TuningRun:
     return load_checked(path).run
 
 
-def load_checked(path: Path) -> CheckedRun:
+def load_checked(path: Path, own_trainer: Sequence[str] = ()) -> CheckedRun:
     """The run of a manifest file with its hub and space, for a run on this machine.
 
-    Raises: SpecError with every fault; also for a custom trainer, which is a container image.
+    `own_trainer`: the command that trains, for `spec.trainer.custom`; empty: ours.
+    Raises: SpecError with every fault; also where the manifest names another trainer.
     """
     checked = check_run(spec.parse_manifest(read_manifest(path)), path.absolute().parent)
-    if checked.run.spec.trainer.custom:
-        remedy = "a trainer of your own is an image: apply this manifest to a cluster"
-        raise SpecError([Fault("spec.trainer.custom", True, remedy)])
-    raise_faults(not_installed(checked.run))
+    wrong = _wrong_trainer(checked.run.spec.trainer.custom, own_trainer)
+    raise_faults([*wrong, *not_installed(checked.run)])
     return checked
+
+
+def _wrong_trainer(custom: bool, command: Sequence[str]) -> list[Fault]:
+    """Manifest and command line must name the same trainer, and its program must be there."""
+    if custom and not command:
+        remedy = "say how it is started: --trainer COMMAND; a cluster starts the template's image"
+        return [Fault("spec.trainer.custom", True, remedy)]
+    if command and not custom:
+        remedy = "acts with spec.trainer.custom: true only; set that, or leave the option out"
+        return [Fault("--trainer", " ".join(command), remedy)]
+    if command and shutil.which(command[0]) is None:
+        return [Fault("--trainer", command[0], "no such program; name one on PATH, or its path")]
+    return []
 
 
 def lint_file(

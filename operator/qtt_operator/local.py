@@ -21,6 +21,7 @@ from qtt_core.ledger.events import is_evaluation
 from qtt_core.ledger.fold import LedgerState, fold
 from qtt_core.plan import Identity, JobPhase, Plan
 from qtt_operator import local_start
+from qtt_operator.command_child import CommandChild
 from qtt_operator.documents import RunContents, optimizer_setup
 from qtt_operator.housekeeping import Housekeeping
 from qtt_operator.local_backend import LocalBackend
@@ -31,6 +32,7 @@ from qtt_operator.optimizer_pool import OptimizerClient
 from qtt_operator.prior_choice import choose_prior
 from qtt_operator.redis_ledger import RedisLedger, next_epoch
 from qtt_operator.run_folder import RunFolder, write_atomically
+from qtt_operator.serve_child import ServeChild
 from qtt_operator.snapshot import Snapshot
 from qtt_operator.stopping import (
     Ending,
@@ -138,7 +140,11 @@ class _Runner:
         self._setup, self._ledger, self._store, self._view = setup, ledger, store, view
         self._trace = Trace(setup.folder.trace_file)
         self._backend = LocalBackend(
-            setup.slots, state_dir=setup.folder.path, command=options.serve, trace=self._trace
+            setup.slots,
+            state_dir=setup.folder.path,
+            command=options.trainer or options.serve,
+            child=CommandChild if options.trainer else ServeChild,
+            trace=self._trace,
         )
         self._optimizer = OptimizerClient(timeout_seconds=setup.spec.optimizer.timeout)
         self._stopper = Stopper(self._backend.changed)

@@ -1,4 +1,5 @@
-"""The local back end of a turn: jobs are forks of warm trainer parents, one parent per device slot.
+"""The local back end of a turn: jobs are forks of warm trainer parents, one parent per device slot,
+or processes of a trainer of the user's own.
 
 Implements `turn.Backend` for one machine. A job waits in a queue until a slot is free, runs in its
 own process group, and stays listed after its end until the ledger has recorded it (`forget`). This
@@ -22,6 +23,7 @@ from typing import Any
 
 from qtt_core.jobs import JobDocument
 from qtt_core.plan import CreateJob, JobEnd, JobPhase, Observed, ObservedJob
+from qtt_operator.command_child import CommandChild
 from qtt_operator.devices import Slot
 from qtt_operator.processes import end_groups, oom_kills, signal_group, start_ticks
 from qtt_operator.recovery import Orphan, recovered_end
@@ -85,6 +87,7 @@ class LocalBackend:
         *,
         state_dir: Path,
         command: Sequence[str] = SERVE,
+        child: Callable[..., ServeChild | CommandChild] = ServeChild,
         grace_seconds: float = GRACE_SECONDS,
         now: Callable[[], float] = time.time,
         trace: Trace | None = None,
@@ -93,12 +96,13 @@ class LocalBackend:
         self.changed = asyncio.Event()
         self._state_dir = state_dir
         self._command = tuple(command)
+        self._make_child = child
         self._grace = grace_seconds
         self._now = now
         self._trace = trace or (lambda _event, _facts: None)
         self._jobs: dict[str, _Job] = {}
         self._queue: asyncio.Queue[_Job] = asyncio.Queue()
-        self._children: dict[int, ServeChild] = {}
+        self._children: dict[int, ServeChild | CommandChild] = {}
         self._current: dict[int, _Job] = {}
         self._workers: list[asyncio.Task[None]] = []
         self._timers: list[asyncio.TimerHandle] = []
@@ -251,11 +255,11 @@ class LocalBackend:
         child.send({"id": job.name, "command": job.kind, "job": document.to_json()})
         await job.ended.wait()
 
-    async def _child(self, slot: Slot) -> ServeChild:
+    async def _child(self, slot: Slot) -> ServeChild | CommandChild:
         """The slot's living parent, started if need be."""
         child = self._children.get(slot.index)
         if child is None or not child.alive:
-            child = ServeChild(
+            child = self._make_child(
                 slot, self._command,
                 log_path=self._state_dir / "logs" / f"serve-{slot.index}.log",
                 on_event=lambda event: self._heard(slot, event),

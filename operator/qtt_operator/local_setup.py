@@ -43,6 +43,8 @@ class LocalOptions:
     test: bool = True
     serve: Sequence[str] = SERVE
     """Command of a trainer parent."""
+    trainer: Sequence[str] = ()
+    """Command of a trainer of the user's own, for `spec.trainer.custom`; empty: ours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +73,7 @@ class LocalSetup:
 
 def prepare_local(options: LocalOptions) -> LocalSetup:
     """Read and resolve. Raises: SpecError with every fault and its remedy."""
-    checked = load_checked(options.manifest)
+    checked = load_checked(options.manifest, own_trainer=options.trainer)
     run, beside = checked.run, options.manifest.absolute().parent
     slots, notes = _slots(options.devices, run.spec.parallelism)
     folder = RunFolder(path=(options.state_dir / run.name).absolute())

@@ -80,6 +80,7 @@ async def run_verb(arguments: argparse.Namespace) -> Outcome:
         fresh=arguments.fresh,
         redis_url=arguments.redis_url,
         test=not arguments.no_test,
+        trainer=arguments.trainer,
     )
     with _view(plain=arguments.plain) as view:
         async with run_local(options, view) as finished:

@@ -101,7 +101,7 @@ class ServeChild:
                     lambda: _Wire(self._heard, self._exited),
                     *self._command,
                     stderr=errors,
-                    env=_environment(self.slot),
+                    env=environment_of(self.slot),
                     start_new_session=True,  # Ctrl-C in the terminal is ours to handle
                 )
         except OSError as error:
@@ -194,7 +194,7 @@ def _ending(code: int | None) -> str:
         return f"signal {-code}"
 
 
-def _environment(slot: Slot) -> dict[str, str]:
+def environment_of(slot: Slot) -> dict[str, str]:
     """Our environment, with the slot's threads: numeric libraries read them at import only."""
     threads = {"OMP_NUM_THREADS": str(slot.threads), "MKL_NUM_THREADS": str(slot.threads)}
     return {**os.environ, **threads, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}

@@ -419,12 +419,13 @@ def test_a_mount_that_is_not_there_is_a_fault(write: Write, tmp_path: Path) -> N
     assert fields(report) == ["--mount"]
 
 
-def test_a_custom_trainer_lints_and_does_not_run_here(write: Write) -> None:
+def test_a_custom_trainer_lints_and_runs_where_its_command_is_named(write: Write) -> None:
     path = write("  trainer: {custom: true}\n  objective: {metric: iou}\n")
 
     assert lint_file(path).ok
-    with pytest.raises(SpecError, match="apply this manifest to a cluster"):
+    with pytest.raises(SpecError, match="--trainer COMMAND"):
         load_run(path)
+    assert load_checked(path, own_trainer=("true",)).run.spec.trainer.custom
 
 
 def test_the_report_is_plain_json(write: Write) -> None:

@@ -22,6 +22,7 @@ def main():
         manifest=Path(manifest), state_dir=Path(state_dir), mount=[], devices=None, output="table",
         fresh="--fresh" in rest, plain=True, no_test=False,
         priors=next((Path(word[9:]) for word in rest if word.startswith("--priors=")), None),
+        trainer=(),
         redis_url=next((word for word in rest if "://" in word), None),
     )  # fmt: skip
     try:

@@ -260,6 +260,14 @@ def served() -> Iterator[Served]:
     assert server.close() == 0
 
 
+@pytest.fixture(scope="session")
+def saving() -> Iterator[Served]:
+    """A warm trainer whose jobs save their state after each update."""
+    server = Served(QTT_MIN_UNSAVED_SECONDS="0", QTT_PART_SECONDS="0")
+    yield server
+    assert server.close() == 0
+
+
 @pytest.fixture
 def start_serve() -> Callable[..., Served]:
     """Starts a further warm trainer; the test closes it."""

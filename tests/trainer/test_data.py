@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader
+from torchvision import transforms as tv
 
 from qtt_core.jobs import JobDocument, Limits, Paths, Task
 from qtt_trainer import data, loaders, precision, prepare
@@ -369,3 +371,37 @@ def test_each_kill_for_memory_halves_the_loaders_workers(
     )  # fmt: skip
 
     assert precision.loader_workers(job, torch.device(device)) == count
+
+
+@pytest.mark.parametrize("space", ["native", "qtt-compat"])
+@pytest.mark.parametrize(
+    ("config", "own"),
+    [
+        ({"data_augmentation": "trivial_augment"}, tv.TrivialAugmentWide()),
+        (
+            {"data_augmentation": "random_augment", "ra_num_ops": 3, "ra_magnitude": 17},
+            tv.RandAugment(3, 17),
+        ),
+        ({"data_augmentation": "random_augment"}, tv.RandAugment(2, 9)),
+    ],
+    ids=["trivial", "random-3-17", "random"],
+)
+def test_torchvisions_augmentations_stand_between_flip_and_jitter(space, config, own, draw_glyph):
+    """The recipe written out: crop, flip, torchvision's policy, jitter in upstream's spaces."""
+    steps = [RandomResizedCropAndInterpolation(24, interpolation="bicubic")]
+    steps += [tv.RandomHorizontalFlip(0.5), own]
+    if space == "qtt-compat":
+        steps.append(tv.ColorJitter(0.4, 0.4, 0.4))
+    by_hand = tv.Compose([*steps, tv.PILToTensor()])
+    ours = data.build_transforms(CONFIG, config, None, train=True, space_id=space)
+    mean, std = (torch.tensor(CONFIG[name]).view(3, 1, 1) for name in ("mean", "std"))
+
+    for number in range(12):
+        image = draw_glyph("5", np.random.default_rng(number), 40)
+        results = []
+        for transform in (by_hand, ours):
+            random.seed(number)
+            torch.manual_seed(number)
+            results.append(transform(image.copy()))
+        expected, got = results
+        torch.testing.assert_close(got * std + mean, expected / 255, atol=1e-5, rtol=0)

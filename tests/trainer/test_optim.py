@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -153,3 +154,38 @@ def test_betas_are_read_from_text_and_pairs(value: object) -> None:
 
 def test_absent_betas_are_the_usual_ones() -> None:
     assert parse_betas(None) == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("along", [False, True], ids=["across", "along"])
+def test_adamp_projects_the_radial_part_of_its_step_away(along: bool) -> None:
+    """Algorithm 2 of arXiv 2006.08217 with Nesterov momentum, by hand in NumPy.
+
+    A gradient nearly orthogonal to a channel's weights marks a scale-invariant weight: the step
+    then keeps to the sphere, and decay is a hundredth (timm's wd_ratio). One along them is Adam's.
+    """
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(3, 400))
+    drawn = rng.normal(size=w.shape)
+    unit = w / np.linalg.norm(w, axis=1, keepdims=True)
+    across = drawn - (drawn * unit).sum(1, keepdims=True) * unit
+    g = (across + (0.9 if along else 0.0) * w).astype(np.float64)
+    weight = nn.Parameter(torch.tensor(w))
+    group = {"params": [weight], "names": ["w"], "lr_scale": 1.0, "weight_decay": 0.05}
+    settings = {"opt": "adamp", "lr": 0.1, "opt_betas": "(0.9, 0.99)"}
+    optimizer = build_optimizer([group], settings, native=True)
+
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    for t in (1, 2):
+        weight.grad = torch.tensor(g)
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        denominator = np.sqrt(v) / np.sqrt(1 - 0.99**t) + 1e-8
+        step, ratio = (0.9 * m + 0.1 * g) / denominator, 1.0
+        cosine = np.abs((g * w).sum(1)) / np.linalg.norm(g, axis=1) / np.linalg.norm(w, axis=1)
+        if cosine.max() < 0.1 / np.sqrt(w.shape[1]):
+            unit = w / np.linalg.norm(w, axis=1, keepdims=True)
+            step, ratio = step - (step * unit).sum(1, keepdims=True) * unit, 0.01
+        assert (ratio == 0.01) is not along or t == 2
+        w = w * (1 - 0.1 * 0.05 * ratio) - 0.1 / (1 - 0.9**t) * step
+
+    np.testing.assert_allclose(weight.detach().numpy(), w, rtol=1e-6, atol=1e-9)

@@ -3,6 +3,8 @@ stops at any update = a killed process that runs again. Bit for bit on a CPU."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from qtt_core.hub import load_hub
+from qtt_core.space import check_values
 
 EPOCHS = 3
 
@@ -87,6 +92,16 @@ def test_straight_stepwise_stopped_and_killed_curves_are_equal(
     jobs: Any, run_inline: Any, served: Any, combination: dict[str, Any], monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("QTT_MIN_UNSAVED_SECONDS", "0")
+    seed = len(combination["model"])
+
+    assert_every_way_ends_alike(jobs, run_inline, served, combination, seed)
+
+
+def assert_every_way_ends_alike(
+    jobs: Any, run_inline: Any, serve: Any, combination: dict[str, Any], seed: int
+) -> None:
+    """T epochs in one job are the reference for all other ways to the same epoch."""
+    rng = np.random.default_rng(seed)
     straight = run_inline(jobs.step(EPOCHS, config_id=1, **combination))
     assert straight.code == 0, straight.message.reason
     reference = read_state(jobs.run / "c1" / f"f{EPOCHS}")
@@ -98,7 +113,6 @@ def test_straight_stepwise_stopped_and_killed_curves_are_equal(
     assert_same_training(reference, read_state(stepwise.run / "c1" / f"f{EPOCHS}"))
 
     stopped = other_run(jobs, "stopped")
-    rng = np.random.default_rng(len(combination["model"]))
     ends = []
     for attempt in range(12):
         job = stopped.step(EPOCHS, attempt=attempt, **combination)
@@ -110,13 +124,122 @@ def test_straight_stepwise_stopped_and_killed_curves_are_equal(
     assert_same_training(reference, read_state(stopped.run / "c1" / f"f{EPOCHS}"))
 
     killed = other_run(jobs, "killed")
-    served.send("step", killed.step(EPOCHS, **combination))
-    pid = served.until("started")["pid"]
-    served.until("progress")
-    os.kill(pid, signal.SIGKILL)
-    assert served.until("ended")["signal"] == signal.SIGKILL
-    assert served.run("step", killed.step(EPOCHS, **combination))["exit"] == 0
+    kill_after_progress(serve, killed.step(EPOCHS, **combination), 1)
+    assert serve.run("step", killed.step(EPOCHS, **combination))["exit"] == 0
     assert_same_training(reference, read_state(killed.run / "c1" / f"f{EPOCHS}"))
+
+
+def kill_after_progress(serve: Any, job: Any, count: int, number: int = signal.SIGKILL) -> Any:
+    """Signal the job's process when it has told its progress so often; returns how it ended."""
+    serve.send("step", job)
+    pid = serve.until("started")["pid"]
+    for _ in range(count):
+        if (event := serve.event())["event"] != "progress":
+            return event
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+    ended = serve.until("ended")
+    assert number != signal.SIGKILL or ended["signal"] == number or ended["exit"] == 0
+    return ended
+
+
+# --- many combinations ----------------------------------------------------------------------------
+
+FACTORS: dict[str, list[dict[str, Any]]] = {
+    "model": [{"model": name} for name in load_hub("tiny").names],
+    "opt": [
+        {"opt": "sgd", "lr": 1e-2},
+        {"opt": "momentum", "momentum": 0.95, "lr": 5e-3},
+        {"opt": "adam", "opt_betas": "(0.9, 0.99)", "lr": 1e-3},
+        {"opt": "adamw", "weight_decay": 1e-2, "lr": 1e-3},
+        {"opt": "adamp", "weight_decay": 1e-3, "lr": 1e-3},
+    ],
+    "sched": [
+        {"sched": "cosine", "warmup_epochs": 5, "warmup_lr": 1e-5},
+        {"sched": "step", "decay_epochs": 10, "decay_rate": 0.5},
+        {"sched": "multistep", "decay_rate": 0.1},
+        {"sched": "plateau", "patience_epochs": 2, "decay_rate": 0.5},
+    ],
+    "augmentation": [
+        {"data_augmentation": "none"},
+        {"data_augmentation": "trivial_augment"},
+        {"data_augmentation": "random_augment", "ra_num_ops": 3, "ra_magnitude": 17},
+        {"data_augmentation": "auto_augment", "auto_augment": "original"},
+    ],
+    "mixing": [
+        {},
+        {"mixup": 0.4, "mixup_prob": 0.5, "smoothing": 0.1},
+        {"cutmix": 1, "mixup_prob": 0.75},
+        {"mixup": 0.2, "cutmix": 0.5},
+    ],
+    "regulariser": [
+        {},
+        {"sp_reg": 0.1, "layer_decay": 0.75},
+        {"delta_reg": 0.01},
+        {"bss_reg": 1e-3, "pct_to_freeze": 0.4},
+        {"cotuning_reg": 1, "clip_grad": 1},
+        {"linear_probing": True, "sp_reg": 0.01},
+    ],
+    "drop": [{"drop": 0.0}, {"drop": 0.3}],
+    "stoch_norm": [{"stoch_norm": False}, {"stoch_norm": True}],
+    "batch": [{"batch_size": 8}, {"batch_size": 2}, {"batch_size": 16}],
+    "workers": [{"workers": 0}, {"workers": 2}],
+    "ema": [{"ema": False}, {"ema": True}],
+}
+COUNT = 48
+
+
+def combinations(count: int = COUNT) -> list[dict[str, Any]]:
+    """`count` combinations; each level of a factor comes equally often, paired at random."""
+    rng = np.random.default_rng(42)
+    columns = [
+        rng.permutation([levels[i % len(levels)] for i in range(count)])
+        for levels in FACTORS.values()
+    ]
+    return [
+        {name: value for part in row for name, value in part.items()}
+        for row in zip(*columns, strict=True)
+    ]
+
+
+def test_the_combinations_differ_and_hold_every_level() -> None:
+    found = combinations()
+
+    assert len({json.dumps(one, sort_keys=True) for one in found}) == COUNT >= 40
+    for levels in FACTORS.values():
+        assert all(any(one.items() >= level.items() for one in found) for level in levels)
+    for one in found:
+        settings = {name: value for name, value in one.items() if name not in {"workers", "ema"}}
+        check_values("native", settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(COUNT))
+def test_every_combination_ends_alike_whatever_its_cuts(
+    jobs: Any, run_inline: Any, saving: Any, number: int, monkeypatch: Any
+) -> None:
+    """Besides the four ways of above: kills and signals at random places, over parts of an epoch
+    that are saved after each update, so that a kill also hits the writing."""
+    monkeypatch.setenv("QTT_MIN_UNSAVED_SECONDS", "0")
+    settings = combinations()[number]
+    model, workers, ema = (settings.pop(name) for name in ("model", "workers", "ema"))
+    combination = {
+        "model": model, "settings": settings, "horizon": EPOCHS, "flags": {"ema": ema},
+        "limits": {"workers": workers},
+    }  # fmt: skip
+    rng = np.random.default_rng(number)
+    assert_every_way_ends_alike(jobs, run_inline, saving, combination, number)
+
+    reference = read_state(jobs.run / "c1" / f"f{EPOCHS}")
+    battered = other_run(jobs, "battered")
+    for attempt in range(4):
+        job = battered.step(EPOCHS, attempt=attempt, nonce=f"n{attempt}", **combination)
+        how = signal.SIGKILL if attempt % 2 else signal.SIGTERM
+        if kill_after_progress(saving, job, int(rng.integers(0, 3)), how).get("exit") == 0:
+            break
+    last = battered.step(EPOCHS, attempt=9, nonce="n9", **combination)
+    assert saving.run("step", last)["exit"] == 0
+    assert_same_training(reference, read_state(battered.run / "c1" / f"f{EPOCHS}"))
 
 
 def other_run(jobs: Any, name: str) -> Any:
@@ -148,6 +271,31 @@ def test_a_real_sigterm_saves_the_epoch_in_the_middle_and_the_retry_continues(
     assert not (again.run / "c1" / "f25.part").exists()
     assert_same_training(reference, read_state(again.run / "c1" / "f25"))
     assert len(straight.message.epochs) == 25
+
+
+def test_an_epoch_that_only_lacked_its_evaluation_tells_the_rate_it_was_trained_with(
+    jobs: Any, run_inline: Any, monkeypatch: Any
+) -> None:
+    """No update follows there, so nothing but the resume itself can set the rate."""
+    monkeypatch.setenv("QTT_MIN_UNSAVED_SECONDS", "0")
+    settings = {"opt": "adamw", "lr": 1e-3, "batch_size": 8, "sched": "cosine"}
+    straight = run_inline(jobs.step(3, settings=settings, horizon=3))
+    reference = read_state(jobs.run / "c1" / "f3")
+    stopped = other_run(jobs, "stopped")
+    positions = []
+    for attempt in range(40):  # one look further each time, until the last one is in time
+        job = stopped.step(3, settings=settings, horizon=3, attempt=attempt)
+        if run_inline(job, stop_after=attempt).code == 0:
+            break
+        parts = (stopped.run / "c1" / "f3.part").glob("*/manifest.json")
+        positions += [(m["epoch"], m["batch"]) for m in map(json.loads, map(Path.read_text, parts))]
+
+    again = json.loads((stopped.run / "c1" / "f3" / "result.json").read_text())
+    assert any(batch == 3 for _, batch in positions), "never stopped before an evaluation"
+    rates = [row["lr"] for row in straight.result["curve"]]
+    assert [row["lr"] for row in again["curve"]] == rates
+    assert len(set(rates)) == 3
+    assert_same_training(reference, read_state(stopped.run / "c1" / "f3"))
 
 
 def test_the_worker_count_may_change_between_two_steps(jobs: Any, served: Any) -> None:

@@ -119,3 +119,20 @@ def test_named_weights_scale_the_loss_of_their_class() -> None:
 def test_a_wrong_loss_is_named(loss: dict[str, Any], field: str) -> None:
     with pytest.raises(SpecError, match=field):
         class_weights(loss, class_names=NAMES, train_counts=(1, 1, 1))
+
+
+@pytest.mark.parametrize("probability", [0.25, 0.75])
+def test_a_batch_is_mixed_as_often_as_its_probability_says(probability: float) -> None:
+    targets = plan({"mixup": 0.4, "cutmix": 0.4, "mixup_prob": probability})
+    images, labels = batch(4)
+    mixed = by_mixup = 0
+    for number in range(800):
+        np.random.seed(number)
+        got, _ = mix(images.clone(), labels, targets)
+        changed = not torch.equal(got, images)
+        mixed += changed
+        # Mixup changes every pixel of every image, cutmix a box of each.
+        by_mixup += changed and bool((got != images).flatten(1).all())
+
+    assert mixed / 800 == pytest.approx(probability, abs=0.06)
+    assert by_mixup / mixed == pytest.approx(0.5, abs=0.1)

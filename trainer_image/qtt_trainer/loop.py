@@ -131,6 +131,9 @@ class _Epoch:
         session.schedule.set_epoch(  # type: ignore[union-attr]  # started before the first epoch
             session.epoch, [row["top1"] for row in session.history]
         )
+        if session.batch:
+            # Where only the evaluation was left, no update sets the rate that the curve tells.
+            session.schedule.set_update(session.update - 1)  # type: ignore[union-attr]
         device = session.precision.device
         self.owned = [p for group in session.optimizer.param_groups for p in group["params"]]
         self.loss_sum = torch.tensor(session.partial.get("loss_sum", 0.0), device=device)
