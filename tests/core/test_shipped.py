@@ -16,12 +16,26 @@ from qtt_core.space import build_space
 MICRO = {"n_train": 478.0, "n_val": 160.0, "num_classes": 20.0}
 
 
+SOURCES = {"micro": "Pineda Arango", "tiny": "benchmarks/curves"}
+
+
 @pytest.mark.parametrize("name", shipped_names())
 def test_a_shipped_prior_is_small_and_names_its_source(name):
     prior = shipped(f"mtlbm/{name}")
-    assert "Pineda Arango" in prior.card["source"]
+    assert SOURCES[name] in prior.card["source"]
     assert len(prior.card["tasks"]) == 20
     assert sum(len(file.read_bytes()) for file in (SHIPPED / name).iterdir()) < 3e6
+
+
+def test_the_prior_of_the_tiny_hub_has_seen_no_digits():
+    """The demo's data set would be a rehearsed one. What curves of every model teach is there."""
+    prior, hub = shipped("tiny"), load_hub("tiny")
+    assert not [task for task in prior.card["tasks"] if "digit" in task]
+    space = build_space("native", hub, max_fidelity=12)
+    base = dict(space.default())
+    known = {"n_train": 250.0, "n_val": 60.0, "num_classes": 10.0}
+    rising = prior.trend([{**base, "model": card.name} for card in hub.cards], known)
+    assert np.all(rising[:, -1] > rising[:, 0])
 
 
 def test_an_unknown_prior_is_an_error_that_names_the_known_ones():
