@@ -39,7 +39,7 @@ def main() -> None:
         verbosity=0, **given["options"],
     )  # fmt: skip
     begun = perf_counter()
-    optimizer.fit(train, curves, np.array(given["train"]["cost"]))
+    optimizer.fit(train, curves, np.array(given["train"]["cost"])[:, None])
     fit = perf_counter() - begun
     optimizer.setup_pandas(rows)
     chosen, seconds = [], []

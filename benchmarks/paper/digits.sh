@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 work=benchmarks/out/paper-digits bin=${VENV:-.venv}/bin
 
 "$bin/python" examples/digits/prepare.py
-"$bin/python" benchmarks/paper/manifests.py "$work/manifests" --only digits --seeds "${1:-2}"
+"$bin/python" benchmarks/paper/experiment.py "$work/manifests" --only digits --seeds "${1:-2}"
 mkdir -p "$work/ledgers"
 for manifest in "$work"/manifests/*.yaml; do
     run=$(basename "$manifest" .yaml)

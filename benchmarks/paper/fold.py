@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from manifests import ALGORITHMS, EXPERIMENTS, STEPS
+from experiment import ALGORITHMS, EXPERIMENTS, STEPS
 from scipy.stats import t as student  # type: ignore[import-untyped]  # SciPy ships no types
 
 from qtt_core.history import best_so_far

@@ -13,11 +13,11 @@ from qtt_core.spec import parse_manifest
 
 @pytest.fixture(scope="module")
 def paper(root):
-    """(manifests, fold) as modules."""
+    """(experiment, fold) as modules."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(root / "benchmarks" / "paper")
-        yield importlib.import_module("manifests"), importlib.import_module("fold")
-        for name in ("manifests", "fold"):
+        yield importlib.import_module("experiment"), importlib.import_module("fold")
+        for name in ("experiment", "fold"):
             sys.modules.pop(name, None)
 
 
@@ -56,18 +56,18 @@ def ledgers(tmp_path):
 
 
 def test_every_manifest_is_valid_and_named_once(paper):
-    manifests, fold = paper
+    experiment, fold = paper
     made = [
-        manifests.manifest(name, algorithm, step, seed)
-        for name in manifests.EXPERIMENTS
-        for algorithm in manifests.ALGORITHMS
-        for step in manifests.STEPS
+        experiment.manifest(name, algorithm, step, seed)
+        for name in experiment.EXPERIMENTS
+        for algorithm in experiment.ALGORITHMS
+        for step in experiment.STEPS
         for seed in (0, 9)
     ]
     names = [parse_manifest(run).name for run in made]
     assert len(set(names)) == len(names) == 5 * 2 * 2 * 2
     assert all(fold.NAME.fullmatch(name) for name in names)
-    assert {key[0] for key in fold.PUBLISHED} == set(manifests.EXPERIMENTS) - {"digits"}
+    assert {key[0] for key in fold.PUBLISHED} == set(experiment.EXPERIMENTS) - {"digits"}
 
 
 def test_the_table_counts_what_the_budget_paid_for(paper, ledgers):

@@ -1,7 +1,7 @@
 """The manifests of the Quick-Tune-Tool paper's experiment: data set x algorithm x step x seed.
 
-    python benchmarks/paper/manifests.py FOLDER                     # 4 x 2 x 2 x 10 manifests
-    python benchmarks/paper/manifests.py FOLDER --only digits --seeds 2
+    python benchmarks/paper/experiment.py FOLDER                     # 4 x 2 x 2 x 10 manifests
+    python benchmarks/paper/experiment.py FOLDER --only digits --seeds 2
 
 Settings of its section 4: budget and prior by data set, one GPU (as pods have by default), 50
 epochs of full training, steps of Δ = 1 and 2 epochs, ten seeds, its search space (Table 3).
